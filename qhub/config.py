@@ -1,0 +1,139 @@
+"""What the core knows of a method's config: its class, its keys, where it lists modules to leave alone.
+
+Methods that transformers has a config class for use that class as it is. A method of its own subclasses
+:class:`MethodConfig`: a dataclass that transformers accepts wherever it accepts its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from qhub.errors import ConfigError
+
+__all__ = ["ConfigSpec", "MethodConfig"]
+
+
+@dataclass(frozen=True)
+class ConfigSpec:
+    """Describes a method's config to the core.
+
+    ``cls``: the config class, or ``"module:Class"`` to import it on first use. ``keys``: what a ``config.json`` may hold
+    besides the parameters of ``cls.__init__``. ``check``: called with a config object, raises :class:`ConfigError` on values
+    the method does not offer; None accepts all that the class accepts. ``skip``: attribute that lists modules to leave in
+    16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are left alone when
+    that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
+    """
+
+    cls: type | str
+    keys: frozenset[str] = frozenset()
+    check: Callable[[Any], None] | None = None
+    skip: str | None = None
+    default_skip: bool = True
+    always_default_skip: bool = False
+
+    def resolve(self) -> type:
+        """Return the config class."""
+        if isinstance(self.cls, type):
+            return self.cls
+        module, _, name = self.cls.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def known_keys(self) -> frozenset[str] | None:
+        """Return every key that a ``config.json`` of this method may hold; None when the class takes any key."""
+        cls = self.resolve()
+        if dataclasses.is_dataclass(cls):
+            own = {f.name for f in dataclasses.fields(cls)}
+        else:
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        return frozenset(own) | self.keys | {"quant_method"}
+
+    def parse(self, values: dict[str, Any]) -> Any:
+        """Return a config object for the plain ``values`` of a ``config.json``.
+
+        Raises :class:`ConfigError` on a key that the method does not know, or a value it does not offer.
+        """
+        known = self.known_keys()
+        unknown = sorted(set(values) - known) if known is not None else []
+        cls = self.resolve()
+        if unknown:
+            raise ConfigError(
+                f"quantization_config of method {values.get('quant_method')!r} has unknown keys {unknown}; "
+                f"{cls.__name__} knows {sorted(known or ())}: correct the spelling, or update the plugin if the file is newer"
+            )
+        try:
+            config = cls.from_dict(dict(values))
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"quantization_config {values!r} is not a valid {cls.__name__}: {error}") from error
+        self.verify(config)
+        return config
+
+    def verify(self, config: Any) -> None:
+        """Raise :class:`ConfigError` if ``config`` asks for something that the method does not offer."""
+        if self.check is not None:
+            self.check(config)
+
+
+@dataclass
+class MethodConfig:
+    """Is the base of configs of methods that transformers does not know.
+
+    Subclass it as a dataclass, set ``quant_method`` to the entry point's name and check values in ``__post_init__`` (raise
+    :class:`ConfigError`)::
+
+        @dataclass
+        class MyConfig(MethodConfig):
+            quant_method: ClassVar[str] = "mymethod"
+            bits: int = 4
+    """
+
+    quant_method: ClassVar[str] = ""
+
+    modules_to_not_convert: list[str] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return a config from plain data; unknown keys raise :class:`ConfigError`."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names - {"quant_method"})
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no keys {unknown}; it knows {sorted(names)}")
+        config = cls(**{name: value for name, value in values.items() if name in names})
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set the attributes that exist and return the rest."""
+        unused = {}
+        for name, value in kwargs.items():
+            if name in {f.name for f in dataclasses.fields(self)}:
+                setattr(self, name, value)
+            else:
+                unused[name] = value
+        return unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain data, ``quant_method`` included."""
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"quant_method": self.quant_method, **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults, with ``quant_method``."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the config as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def copy(self) -> Self:
+        """Return an independent copy."""
+        return copy.deepcopy(self)

@@ -1,0 +1,63 @@
+"""What a checkpoint format is: a pair of pure functions between a layout's tensors and the entries of a file.
+
+Both work on ONE matrix and on *local* names: an entry ``"qweight"`` of the linear layer ``model.layers.0.mlp.up_proj`` is the
+tensor ``model.layers.0.mlp.up_proj.qweight`` in the file. Fused experts are taken apart before, and put together after.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qhub.layouts import Layout
+
+__all__ = ["Entry", "Format"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Describes one tensor that a file holds for a weight, so that a file can be checked before it is read.
+
+    ``shape``: None where it may vary. ``dtypes``: those allowed; empty allows all. ``required``: False for what older
+    writers left out.
+    """
+
+    shape: tuple[int, ...] | None
+    dtypes: tuple[torch.dtype, ...] = ()
+    required: bool = True
+
+
+class Format(ABC):
+    """Translates between the parts of a layout and the entries of a checkpoint file."""
+
+    @property
+    @abstractmethod
+    def markers(self) -> frozenset[str]:
+        """Return the local names that prove a weight is stored quantized (``{"qweight"}``; not ``"weight"`` alone)."""
+
+    @abstractmethod
+    def entries(self, layout: Layout) -> Mapping[str, Entry]:
+        """Return every entry that a file may hold for one weight of ``layout``, optional ones included."""
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """Return every local name that the format can use, for whatever layout."""
+
+    @abstractmethod
+    def pack(self, layout: Layout, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the file entries for ``parts``; neither is modified. Bit-exact: :meth:`unpack` gives ``parts`` back."""
+
+    @abstractmethod
+    def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+        """Return layout and parts for file ``entries``; ``layout`` is the planned one, the result may refine it.
+
+        Raise :class:`qhub.errors.LayoutError` when the entries contradict each other or the plan; the caller adds the weight's
+        name and the file's.
+        """

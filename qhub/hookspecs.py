@@ -1,0 +1,127 @@
+"""The hook spec of qhub: everything a plugin can do, and its manual.
+
+A plugin is a module (or class, or instance) with functions named as below and marked with :data:`hookimpl`, announced by an
+entry point in the group ``qhub.plugins`` whose NAME is the ``quant_method`` in ``config.json``::
+
+    # pyproject.toml
+    [project.entry-points."qhub.plugins"]
+    mymethod = "qhub_mymethod"
+
+    # qhub_mymethod/__init__.py
+    from qhub import hookimpl
+
+    @hookimpl
+    def qhub_config(): ...
+
+Packages that only bring kernels use the group ``qhub.kernels``; there the entry point's name is free.
+
+Two kinds of calls. *Addressed*: "quantize this layer with mymethod" calls the plugin of that name and no other. *Broadcast*:
+"which kernels exist?" calls every plugin, one after the other; one that raises is recorded, named in a warning and left out.
+No hook is called inside ``forward``. A function may take fewer arguments than the spec, so the spec can grow; a misspelled
+hook is refused when the plugin is loaded. The entry module must be light: torch is allowed, a native library is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qhub.config import ConfigSpec
+    from qhub.formats import Format
+    from qhub.kernels import KernelSpec
+    from qhub.layouts import Layout
+    from qhub.merging import AdapterPolicy
+    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.reports import Finding
+
+__all__ = ["QuantizerPlugin", "hookimpl", "hookspec"]
+
+hookspec = pluggy.HookspecMarker("qhub")
+hookimpl = pluggy.HookimplMarker("qhub")
+
+
+class QuantizerPlugin:
+    """Lists every hook; none is compulsory but ``qhub_config``, ``qhub_plan`` and ``qhub_format`` for a method."""
+
+    # -- the five aspects of a method: addressed ---------------------------------------------------------------------
+
+    @hookspec(firstresult=True)
+    def qhub_config(self) -> ConfigSpec:  # type: ignore[empty-body]
+        """Describe the method's config class, its keys and its skip list.
+
+        Called: addressed, once, when the method's name is first used. Returns a :class:`qhub.config.ConfigSpec`. Use
+        transformers' own class where one exists (``ConfigSpec(cls="transformers:GPTQConfig")``), so that users' code stays.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_plan(  # type: ignore[empty-body]
+        self, config: Any, weights: Sequence[WeightInfo]
+    ) -> Mapping[str, LayerPlan | Skip]:
+        """Choose a layout for each weight, from names and shapes alone.
+
+        Called: addressed, on the meta device, before any weight is read; again when a checkpoint of the method is loaded,
+        then only with the weights that the checkpoint stores quantized. Modules that the user excluded are already left
+        out. Returns ``{weight.name: LayerPlan or Skip(reason)}``; a weight that is not in it is skipped without a reason,
+        which is reported as such. Raise :class:`qhub.errors.ConfigError` for what cannot be (a group size that does not
+        divide K): better here than after minutes of quantizing.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_quantize(  # type: ignore[empty-body]
+        self, config: Any, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Turn one dense weight into the tensors of its layout.
+
+        Called: addressed, once per matrix (fused experts one at a time), on the weight's device, without gradients.
+        ``weight``: (layout.out_features, layout.in_features), in the dtype it was loaded in; do not write into it.
+        ``statistics``: those that the plan asked for, by name; empty otherwise. Returns ``{part name: tensor}``, exactly the
+        layout's parts. A method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_format(self, config: Any) -> Format:  # type: ignore[empty-body]
+        """Return the checkpoint format that ``config`` names: tensors to and from file entries.
+
+        Called: addressed, once per load or save. Returns a :class:`qhub.formats.Format`: pure functions on dicts. Written
+        files must be ones that the method's own library reads.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_adapter(self, config: Any, layout: Layout) -> AdapterPolicy:  # type: ignore[empty-body]
+        """Say how an update (a merged adapter, ``weight.copy_``) goes back onto the layout, or why it cannot.
+
+        Called: addressed, once per weight, when the model is built. Returns a :class:`qhub.merging.AdapterPolicy`. None, or
+        no such hook: the layout picks what is nearer, its own grid kept or refitted.
+        """
+
+    # -- kernels: broadcast ------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qhub_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]
+        """Offer kernels, declared as data; their code is imported on first use.
+
+        Called: broadcast, once per process, when the first layer looks for a kernel. Returns :class:`qhub.kernels.KernelSpec`
+        objects. None or an empty list: none on this machine. Do not import a native library to answer.
+        """
+
+    # -- tooling: broadcast ------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qhub_doctor(self) -> Iterable[Finding]:  # type: ignore[empty-body]
+        """Say what works here, and what to install or change for more.
+
+        Called: broadcast, by ``qhub doctor``. Returns :class:`qhub.reports.Finding` objects; None when there is nothing to say.
+        May probe with ``importlib.util.find_spec``; should answer within a second.
+        """
+
+    @hookspec
+    def qhub_commands(self, app: Any) -> None:
+        """Add commands to the ``qhub`` command line.
+
+        Called: broadcast, when the command line starts. ``app``: the :class:`typer.Typer` application. Returns nothing.
+        """

@@ -1,0 +1,34 @@
+"""The layouts: how the numbers that methods choose are stored. One file a layout: fields and reference dequantize.
+
+    Affine     w = scale * (q - zero)                1 to 8 bits
+    Lookup     w = scale * table[q]                  1 to 8 bits
+    Codebook   w = scale * sum_c codebook_c[code_c]  vectors of weights
+    Float8     w = scale * float8                    E4M3, E5M2
+
+A layout is a description (frozen, hashable) and the tensors it names travel beside it as a dict.
+"""
+
+from qhub.layouts.affine import Affine
+from qhub.layouts.base import Activation, GridPolicy, Layout, PartSpec, Parts, nbytes
+from qhub.layouts.codebook import Codebook
+from qhub.layouts.float8 import Float8
+from qhub.layouts.grid import Grid
+from qhub.layouts.lookup import Lookup
+from qhub.layouts.nested import Nested
+from qhub.layouts.transforms import Transform
+
+__all__ = [
+    "Activation",
+    "Affine",
+    "Codebook",
+    "Float8",
+    "Grid",
+    "GridPolicy",
+    "Layout",
+    "Lookup",
+    "Nested",
+    "PartSpec",
+    "Parts",
+    "Transform",
+    "nbytes",
+]

@@ -1,0 +1,185 @@
+"""``w = scale * (q - zero)``: integers of 1 to 8 bits under scales. GPTQ, AWQ, HQQ, EETQ, LLM.int8(), Q4_K and kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qhub.errors import LayoutError
+from qhub.layouts import rows
+from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.grid import Grid
+from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
+from qhub.layouts.packing import pack, packed_length, unpack
+
+__all__ = ["Affine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(Layout):
+    """Stores integers q of ``bits`` bits with a scale, and maybe a zero, per group.
+
+    Parts: ``qweight`` (N, packed_length(K)) uint8, see :mod:`qhub.layouts.packing` (int8 (N, K) when ``signed``); ``scales`` of
+    ``grid.scale_shape``; ``zeros`` of the same shape unless ``zero="constant"``.
+
+    ``zero``: ``"constant"``: w = scale * (q - zero_point); ``"value"``: w = scale * (q - zeros), zeros integer or float;
+    ``"offset"``: w = scale * q + zeros. ``unit``: a constant factor of the scales (1/127 where a row's absmax is stored).
+    ``math``: the dtype of the formula: ``"float32"``, or ``"scales"`` for methods that define it in the scales' own.
+    ``scales_nested``, ``zeros_nested``: second-level quantization, None for plain tensors.
+    """
+
+    kind: ClassVar[str] = "affine"
+
+    bits: int
+    grid: Grid
+    zero: Literal["constant", "value", "offset"] = "constant"
+    zero_point: float = 0.0
+    signed: bool = False
+    unit: float = 1.0
+    math: Literal["float32", "scales"] = "float32"
+    scales_nested: Nested | None = None
+    zeros_nested: Nested | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise LayoutError(f"an affine layout holds 1 to 8 bits, asked for {self.bits}")
+        if self.signed and self.bits != 8:
+            raise LayoutError(f"signed codes are stored in 8 bits, asked for {self.bits}: use zero_point instead")
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Return the shape of the scales of one matrix."""
+        return self.grid.scale_shape(self.out_features, self.in_features)
+
+    def core_specs(self) -> dict[str, PartSpec]:
+        if self.signed:
+            codes = PartSpec((self.out_features, self.in_features), (torch.int8,))
+        else:
+            codes = PartSpec((self.out_features, packed_length(self.in_features, self.bits)), (torch.uint8,))
+        specs = {"qweight": codes, **scale_specs("scales", self.scale_shape, self.scales_nested)}
+        if self.zero != "constant":
+            specs.update(scale_specs("zeros", self.scale_shape, self.zeros_nested))
+            if self.zeros_nested is None:
+                # Integer zeros (GPTQ, AWQ) need a byte, no float.
+                specs["zeros"] = PartSpec(self.scale_shape, (*FLOATS, torch.uint8, torch.int8))
+        return specs
+
+    def codes(self, parts: Parts) -> Tensor:
+        """Return q (..., N, K): int8 when signed, else uint8."""
+        packed = parts["qweight"]
+        return packed if self.signed else unpack(packed, self.bits, self.in_features)
+
+    def scales_and_zeros(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        """Return scales and zeros (..., *scale_shape), each in its stored dtype (float32 when nested).
+
+        ``unit`` is not in the scales yet; zeros are None when constant.
+        """
+        scales = scale_values("scales", self.scale_shape, self.scales_nested, parts)
+        if self.zero == "constant":
+            return scales, None
+        return scales, scale_values("zeros", self.scale_shape, self.zeros_nested, parts)
+
+    def decode(self, parts: Parts) -> Tensor:
+        scales, zeros = self.scales_and_zeros(parts)
+        dtype = torch.float32 if self.math == "float32" else scales.dtype
+        grid = self.grid
+        q = grid.split(self.codes(parts).to(dtype))
+        scale = grid.spread(scales.to(dtype))
+        if zeros is None:
+            w = (q - self.zero_point if self.zero_point else q) * scale
+        elif self.zero == "value":
+            w = (q - grid.spread(zeros.to(dtype))) * scale
+        else:
+            w = q * scale + grid.spread(zeros.to(dtype))
+        if self.unit != 1.0:
+            w = w * self.unit
+        return grid.join(w, self.out_features, self.in_features).float()
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Return the smallest and largest code."""
+        return (-127, 127) if self.signed else (0, 2**self.bits - 1)
+
+    def pack_codes(self, q: Tensor) -> Tensor:
+        """Return the part ``qweight`` for codes ``q`` (..., N, K) of any dtype, whole numbers within the range."""
+        return q.to(torch.int8).contiguous() if self.signed else pack(q, self.bits)
+
+    def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return ``qweight`` with the codes nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
+        scales, zeros = self.scales_and_zeros(parts)
+        grid = self.grid
+        scale = grid.spread(scales.float() * self.unit)
+        w = grid.split(weight.float())
+        if zeros is not None and self.zero == "offset":
+            w = w - grid.spread(zeros.float()) * self.unit
+        q = w / torch.where(scale == 0, torch.ones_like(scale), scale)
+        if zeros is None:
+            q = q + self.zero_point
+        elif self.zero == "value":
+            q = q + grid.spread(zeros.float())
+        low, high = self.code_range
+        q = grid.join(q.round().clamp(low, high), self.out_features, self.in_features)
+        return {"qweight": self.pack_codes(q)}
+
+    def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return parts whose scales span the range of ``weight`` in each group, with the nearest codes."""
+        grid = self.grid
+        w = grid.split(weight.float())
+        low, high = self.code_range
+        if self.zero == "constant":
+            # The code 0 stands for -zero_point steps, so the longer side decides when the range is not symmetric.
+            up, down = high - self.zero_point, self.zero_point - low
+            top, bottom = w.amax(grid.member_dims).clamp_min(0), (-w.amin(grid.member_dims)).clamp_min(0)
+            scale = torch.zeros_like(top)
+            for side, steps in ((top, up), (bottom, down)):
+                if steps > 0:
+                    scale = torch.maximum(scale, side / steps)
+            scale = scale.clamp_min(1e-12)
+            fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
+        else:
+            largest = w.amax(grid.member_dims).clamp_min(0)
+            smallest = w.amin(grid.member_dims).clamp_max(0)
+            scale = ((largest - smallest) / (high - low)).clamp_min(1e-12)
+            fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
+            stored = scale_values("scales", self.scale_shape, self.scales_nested, {**parts, **fitted}).float()
+            step = stored.reshape(scale.shape) * self.unit
+            if self.zero == "value":
+                zero = low - smallest / torch.where(step == 0, torch.ones_like(step), step)
+                if not parts["zeros"].is_floating_point():
+                    zero = zero.round().clamp(low, high)
+            else:
+                zero = smallest / self.unit
+            fitted |= scale_codes("zeros", zero, self.zeros_nested, parts)
+        return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        kept = {**parts, **self.nearest(weight, parts)}
+        if grid == "keep":
+            return kept
+        refitted = {**parts, **self.fit(weight, parts)}
+        return refitted if grid == "refit" else better(weight, self, kept, refitted)
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def _companions(self) -> dict[str, Nested | None]:
+        names: dict[str, Nested | None] = {"scales": self.scales_nested}
+        return names if self.zero == "constant" else {**names, "zeros": self.zeros_nested}
+
+    def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
+        scales = rows.cut_scales(self, self.grid, self._companions(), parts, start, stop)
+        return None if scales is None else {"qweight": parts["qweight"][..., start:stop, :], **scales}
+
+    def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
+        scales = rows.stack_scales(self, self.grid, self._companions(), parts, layouts)
+        if scales is None:
+            return None
+        return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}
+
+    def with_rows(self, out_features: int) -> Layout:
+        return rows.resize(self, self.grid, out_features)

@@ -1,0 +1,185 @@
+"""The interface of a layout: how named tensors ("parts") stand for a dense weight matrix.
+
+A layout is a small frozen description of ONE (out_features, in_features) matrix. Parts may carry leading batch
+dimensions (fused mixture-of-experts weights are a batch of matrices); the description does not change with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qhub.errors import LayoutError
+from qhub.layouts.transforms import Transform, transform_weight
+
+__all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts"]
+
+Parts = Mapping[str, Tensor]
+GridPolicy = Literal["keep", "refit", "best"]
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """Says what one tensor of a layout looks like, batch dimensions left out.
+
+    ``shape``: of one matrix. ``dtypes``: those allowed. ``batched``: False for a table that all matrices of a batch share.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    batched: bool = True
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Says how a layer's input is rounded before the product.
+
+    ``kind``: ``"none"``, ``"int8"`` (per row, absmax / 127) or ``"float8"`` (per row, absmax / 448).
+    ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0 turns that off
+    (LLM.int8(), Dettmers et al. 2022, section 3).
+    """
+
+    kind: Literal["none", "int8", "float8"] = "none"
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(ABC):
+    """Describes how named tensors stand for one (out_features, in_features) matrix.
+
+    ``transforms``: what surrounds the stored matrix (permutation, scale, Hadamard), see :mod:`qhub.layouts.transforms`.
+    ``activation``: how the layer's input is rounded.
+    """
+
+    kind: ClassVar[str]
+
+    out_features: int
+    in_features: int
+    transforms: tuple[Transform, ...] = ()
+    activation: Activation = field(default_factory=Activation)
+
+    # -- what a concrete layout says ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def core_specs(self) -> dict[str, PartSpec]:
+        """Return the parts of the stored matrix, those of the transforms left out."""
+
+    @abstractmethod
+    def decode(self, parts: Parts) -> Tensor:
+        """Return the stored matrix (..., out_features, in_features) in float32, transforms not applied."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        """Return parts for ``weight`` (..., out_features, in_features) float32, transforms already taken off.
+
+        ``grid``: ``"keep"`` leaves scales and tables of ``parts`` alone and picks the nearest codes, ``"refit"`` fits the
+        scales to ``weight``, ``"best"`` takes what is nearer to ``weight`` in the sum of squares.
+        """
+
+    @abstractmethod
+    def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
+        """Return the parts of rows [start, stop) of the stored matrix; None when they cannot be cut out exactly."""
+
+    @abstractmethod
+    def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
+        """Return the parts of the matrices ``parts`` on top of each other; None when that is not exact."""
+
+    def check_values(self, parts: Parts) -> None:
+        """Raise :class:`LayoutError` if a part holds an impossible value (not finite, a code outside its table)."""
+        for name, part in parts.items():
+            if part.is_floating_point() and part.device.type != "meta" and not bool(torch.isfinite(part.float()).all()):
+                raise LayoutError(f"tensor {name!r} holds NaN or infinity: the file is damaged")
+
+    # -- what all layouts share --------------------------------------------------------------------------------------
+
+    def part_specs(self) -> dict[str, PartSpec]:
+        """Return every tensor of the layout with its shape and dtypes."""
+        specs = self.core_specs()
+        for transform in self.transforms:
+            specs.update(transform.part_specs(self))
+        return specs
+
+    def batch_shape(self, parts: Parts) -> tuple[int, ...]:
+        """Return the leading dimensions that ``parts`` carry before those of one matrix."""
+        for name, spec in self.part_specs().items():
+            if spec.batched:
+                part = parts[name]
+                return tuple(part.shape[: part.ndim - len(spec.shape)])
+        return ()
+
+    def validate(self, parts: Parts) -> None:
+        """Raise :class:`LayoutError` unless ``parts`` are exactly the tensors that the layout needs."""
+        specs = self.part_specs()
+        missing, surplus = sorted(set(specs) - set(parts)), sorted(set(parts) - set(specs))
+        if missing or surplus:
+            raise LayoutError(
+                f"a {self.kind} layout of {self.out_features}x{self.in_features} needs the tensors {sorted(specs)}; "
+                f"missing {missing}, surplus {surplus}"
+            )
+        batch = self.batch_shape(parts)
+        for name, spec in specs.items():
+            part = parts[name]
+            expected = (*batch, *spec.shape) if spec.batched else spec.shape
+            if tuple(part.shape) != expected:
+                raise LayoutError(f"tensor {name!r} has shape {tuple(part.shape)}, expected {expected}")
+            if part.dtype not in spec.dtypes:
+                raise LayoutError(f"tensor {name!r} has dtype {part.dtype}, expected one of {list(spec.dtypes)}")
+
+    def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dense weight (..., out_features, in_features) that ``parts`` stand for, computed in float32."""
+        return transform_weight(self.decode(parts), self, parts).to(dtype)
+
+    def requantize(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        """Return parts on this layout for the dense ``weight``; transforms and tables of ``parts`` are kept."""
+        core = transform_weight(weight.float(), self, parts, inverse=True)
+        return {**parts, **self.encode(core, parts, grid)}
+
+    def with_rows(self, out_features: int) -> Layout:
+        """Return the same layout for another number of rows."""
+        return dataclasses.replace(self, out_features=out_features)
+
+    def select_rows(self, parts: Parts, start: int, stop: int) -> tuple[Layout, dict[str, Tensor]] | None:
+        """Return layout and parts of rows [start, stop); None when they cannot be cut out exactly."""
+        if any(transform.side == "out" for transform in self.transforms):
+            return None
+        cut = self.row_parts(parts, start, stop)
+        if cut is None:
+            return None
+        kept = {name: parts[name] for t in self.transforms for name in t.part_specs(self)}
+        return self.with_rows(stop - start), {**cut, **kept}
+
+    def concat_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> tuple[Layout, dict[str, Tensor]] | None:
+        """Return layout and parts of several matrices on top of each other; None when that is not exact."""
+        total = sum(layout.out_features for layout in layouts)
+        merged = self.with_rows(total)
+        if any(layout.with_rows(total) != merged for layout in layouts):
+            return None
+        if any(transform.side == "out" for transform in self.transforms):
+            return None
+        shared = [name for t in self.transforms for name in t.part_specs(self)]
+        if any(not torch.equal(other[name], parts[0][name]) for other in parts[1:] for name in shared):
+            return None
+        stacked = self.stacked_rows(parts, layouts)
+        return None if stacked is None else (merged, {**stacked, **{name: parts[0][name] for name in shared}})
+
+    def describe(self) -> dict[str, Any]:
+        """Return the layout as plain data, for `qhub inspect` and for reports."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"kind": self.kind, **{name: value for name, value in fields.items() if value not in (None, (), False)}}
+
+
+def nbytes(parts: Parts) -> int:
+    """Return how many bytes ``parts`` take in memory."""
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def better(weight: Tensor, layout: Layout, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return whichever parts decode nearer to ``weight`` in the sum of squares; ``first`` on a tie."""
+    errors = [(layout.decode(parts) - weight).square().sum() for parts in (first, second)]
+    return second if bool(errors[1] < errors[0]) else first

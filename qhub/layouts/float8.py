@@ -1,0 +1,85 @@
+"""``w = scale * float8``: E4M3 and E5M2 weights under one scale per tensor, per row or per block. FP8, INC, fbgemm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qhub.layouts import rows
+from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.grid import Grid
+from qhub.layouts.nested import FLOATS
+
+__all__ = ["Float8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8(Layout):
+    """Stores 8-bit floats with a scale per group that multiplies them.
+
+    Parts: ``qweight`` (N, K) of ``torch.float8_{format}``; ``scales`` of ``grid.scale_shape``.
+    """
+
+    kind: ClassVar[str] = "float8"
+
+    format: Literal["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"] = "e4m3fn"
+    grid: Grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the codes."""
+        return getattr(torch, f"float8_{self.format}")
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Return the shape of the scales of one matrix."""
+        return self.grid.scale_shape(self.out_features, self.in_features)
+
+    def core_specs(self) -> dict[str, PartSpec]:
+        return {
+            "qweight": PartSpec((self.out_features, self.in_features), (self.dtype,)),
+            "scales": PartSpec(self.scale_shape, FLOATS),
+        }
+
+    def decode(self, parts: Parts) -> Tensor:
+        w = self.grid.split(parts["qweight"].float()) * self.grid.spread(parts["scales"].float())
+        return self.grid.join(w, self.out_features, self.in_features)
+
+    def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return ``qweight`` with the floats nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
+        scale = self.grid.spread(parts["scales"].float())
+        ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
+        limit = torch.finfo(self.dtype).max
+        ratio = self.grid.join(ratio.clamp(-limit, limit), self.out_features, self.in_features)
+        return {"qweight": ratio.contiguous().to(self.dtype)}
+
+    def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return parts whose scales map the largest magnitude of each group to the format's, with the nearest floats."""
+        absmax = self.grid.split(weight.float()).abs().amax(self.grid.member_dims)
+        scale = (absmax / torch.finfo(self.dtype).max).clamp_min(1e-12)
+        fitted = {"scales": scale.to(parts["scales"].dtype).reshape(parts["scales"].shape)}
+        return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        kept = {**parts, **self.nearest(weight, parts)}
+        if grid == "keep":
+            return kept
+        refitted = {**parts, **self.fit(weight, parts)}
+        return refitted if grid == "refit" else better(weight, self, kept, refitted)
+
+    def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
+        scales = rows.cut_scales(self, self.grid, {"scales": None}, parts, start, stop)
+        return None if scales is None else {"qweight": parts["qweight"][..., start:stop, :], **scales}
+
+    def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
+        scales = rows.stack_scales(self, self.grid, {"scales": None}, parts, layouts)
+        if scales is None:
+            return None
+        return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}
+
+    def with_rows(self, out_features: int) -> Layout:
+        return rows.resize(self, self.grid, out_features)

@@ -1,0 +1,101 @@
+"""``w = scale * table[q]``: codes into a small table of values under block scales. NF4, FP4, IQ4_NL, MXFP4, NVFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qhub.errors import LayoutError
+from qhub.layouts import rows
+from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.grid import Grid
+from qhub.layouts.nested import Nested, scale_codes, scale_specs, scale_values
+from qhub.layouts.packing import pack, packed_length, unpack
+
+__all__ = ["Lookup"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup(Layout):
+    """Stores codes of ``bits`` bits into a table, with a scale per group.
+
+    Parts: ``qweight`` (N, packed_length(K)) uint8; ``table`` (2**bits,) float32, in any order, shared by a batch; ``scales``
+    of ``grid.scale_shape``, plain or nested.
+    """
+
+    kind: ClassVar[str] = "lookup"
+
+    bits: int = 4
+    grid: Grid
+    scales_nested: Nested | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise LayoutError(f"a lookup layout holds 1 to 8 bits, asked for {self.bits}")
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Return the shape of the scales of one matrix."""
+        return self.grid.scale_shape(self.out_features, self.in_features)
+
+    def core_specs(self) -> dict[str, PartSpec]:
+        return {
+            "qweight": PartSpec((self.out_features, packed_length(self.in_features, self.bits)), (torch.uint8,)),
+            "table": PartSpec((2**self.bits,), (torch.float32,), batched=False),
+            **scale_specs("scales", self.scale_shape, self.scales_nested),
+        }
+
+    def codes(self, parts: Parts) -> Tensor:
+        """Return the codes (..., N, K) uint8."""
+        return unpack(parts["qweight"], self.bits, self.in_features)
+
+    def scales(self, parts: Parts) -> Tensor:
+        """Return the scales (..., *scale_shape) in float32."""
+        return scale_values("scales", self.scale_shape, self.scales_nested, parts).float()
+
+    def decode(self, parts: Parts) -> Tensor:
+        values = parts["table"][self.codes(parts).to(torch.int32)]
+        w = self.grid.split(values) * self.grid.spread(self.scales(parts))
+        return self.grid.join(w, self.out_features, self.in_features)
+
+    def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return ``qweight`` with the codes nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
+        scale = self.grid.spread(self.scales(parts))
+        ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
+        table, order = torch.sort(parts["table"])
+        place = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
+        q = self.grid.join(order[place].to(torch.uint8), self.out_features, self.in_features)
+        return {"qweight": pack(q, self.bits)}
+
+    def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return parts whose scales map the largest magnitude of each group to the table's, with the nearest codes."""
+        absmax = self.grid.split(weight.float()).abs().amax(self.grid.member_dims)
+        scale = (absmax / parts["table"].abs().max()).clamp_min(1e-12)
+        fitted = scale_codes("scales", scale, self.scales_nested, parts)
+        return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        kept = {**parts, **self.nearest(weight, parts)}
+        if grid == "keep":
+            return kept
+        refitted = {**parts, **self.fit(weight, parts)}
+        return refitted if grid == "refit" else better(weight, self, kept, refitted)
+
+    def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
+        scales = rows.cut_scales(self, self.grid, {"scales": self.scales_nested}, parts, start, stop)
+        if scales is None:
+            return None
+        return {"qweight": parts["qweight"][..., start:stop, :], "table": parts["table"], **scales}
+
+    def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
+        scales = rows.stack_scales(self, self.grid, {"scales": self.scales_nested}, parts, layouts)
+        if scales is None or any(not torch.equal(p["table"], parts[0]["table"]) for p in parts[1:]):
+            return None
+        return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), "table": parts[0]["table"], **scales}
+
+    def with_rows(self, out_features: int) -> Layout:
+        return rows.resize(self, self.grid, out_features)

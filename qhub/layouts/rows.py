@@ -1,0 +1,90 @@
+"""Cuts and stacks the scales of a matrix by rows, where that is exact: what fused experts and gate/up halves need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from qhub.layouts.grid import Grid
+from qhub.layouts.nested import Nested
+
+if TYPE_CHECKING:
+    from qhub.layouts.base import Layout, Parts
+
+__all__ = ["cut_scales", "resize", "stack_scales"]
+
+L = TypeVar("L", bound="Layout")
+
+
+def resize(layout: L, grid: Grid, out_features: int) -> L:
+    """Return ``layout`` for ``out_features`` rows; a block that spans all rows follows their number."""
+    if grid.kind == "block" and grid.rows == layout.out_features and grid.rows > 1:
+        grid = dataclasses.replace(grid, rows=out_features)
+    return dataclasses.replace(layout, out_features=out_features, grid=grid)  # type: ignore[call-arg]
+
+
+def cut_scales(
+    layout: Layout, grid: Grid, names: Mapping[str, Nested | None], parts: Parts, start: int, stop: int
+) -> dict[str, Tensor] | None:
+    """Return the scale tensors of rows [start, stop); None when a group or a second-level group would be torn."""
+    cut = grid.row_slice(start, stop, layout.out_features, layout.in_features)
+    if cut is None:
+        return None
+    window, axis = cut
+    result: dict[str, Tensor] = {}
+    shape = grid.scale_shape(layout.out_features, layout.in_features)
+    for name, nested in names.items():
+        index = (..., window) if axis == -1 else (..., window, slice(None))
+        result[name] = parts[name][index]
+        if nested is None:
+            continue
+        per_step = math.prod(shape[len(shape) + axis + 1 :])
+        begin, end = window.start * per_step, window.stop * per_step
+        if nested.group:
+            if begin % nested.group or (end % nested.group and end != math.prod(shape)):
+                return None
+            result[f"{name}_super"] = parts[f"{name}_super"][..., begin // nested.group : -(-end // nested.group)]
+        else:
+            result[f"{name}_super"] = parts[f"{name}_super"]
+        for companion in ("table", "offset"):
+            if f"{name}_{companion}" in parts:
+                result[f"{name}_{companion}"] = parts[f"{name}_{companion}"]
+    return result
+
+
+def stack_scales(
+    layout: Layout, grid: Grid, names: Mapping[str, Nested | None], parts: Sequence[Parts], layouts: Sequence[Layout]
+) -> dict[str, Tensor] | None:
+    """Return the scale tensors of several matrices on top of each other; None when that is not exact."""
+    spans_all_rows = grid.kind == "block" and grid.rows > 1 and grid.rows == layout.out_features
+    if grid.kind == "strided" or (spans_all_rows and len(parts) > 1):
+        return None
+    edge = grid.rows if grid.kind == "block" else grid.cols
+    for one in layouts[:-1]:
+        size = one.out_features if grid.kind == "block" else one.out_features * one.in_features
+        if size % edge:
+            return None
+    axis = -2 if grid.kind == "block" else -1
+    result: dict[str, Tensor] = {}
+    for name, nested in names.items():
+        result[name] = torch.cat([p[name] for p in parts], dim=axis)
+        if nested is None:
+            continue
+        counts = [math.prod(grid.scale_shape(one.out_features, one.in_features)) for one in layouts]
+        fixed = [f"{name}_{c}" for c in ("table", "offset") if f"{name}_{c}" in parts[0]]
+        if not nested.group:
+            fixed.append(f"{name}_super")
+        elif any(count % nested.group for count in counts[:-1]):
+            return None
+        else:
+            result[f"{name}_super"] = torch.cat([p[f"{name}_super"] for p in parts], dim=-1)
+        for companion in fixed:
+            if any(not torch.equal(p[companion], parts[0][companion]) for p in parts[1:]):
+                return None
+            result[companion] = parts[0][companion]
+    return result

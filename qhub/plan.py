@@ -1,0 +1,93 @@
+"""Which weights get which layout: what the core tells a plugin about a model, and what the plugin answers.
+
+Works from names and shapes alone, so it runs on the meta device before a byte is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from qhub.layouts import Layout
+
+__all__ = ["LayerPlan", "Skip", "WeightInfo", "matches", "skipped_by"]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """Describes one weight of a model that could be quantized.
+
+    ``name``: the parameter, as in ``model.named_parameters()``. ``out_features`` x ``in_features``: of one matrix.
+    ``experts``: how many matrices are fused in it; None for a plain linear layer. ``transposed``: whether the parameter is
+    held as (in, out). ``dtype``: of the dense weight. ``kind``: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear),
+    ``"experts"`` or ``"embedding"``.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    kind: Literal["linear", "conv1d", "experts", "embedding"] = "linear"
+    experts: int | None = None
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        """Return the module's name: the parameter's without ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def size(self) -> int:
+        """Return the number of weights."""
+        return self.out_features * self.in_features * (self.experts or 1)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Says how one weight will be stored.
+
+    ``layout``: of one matrix. ``compute_dtype``: the product runs in it and is cast back; None: in the input's dtype.
+    ``statistics``: names of the input statistics that ``qhub_quantize`` needs; empty for methods without calibration.
+    """
+
+    layout: Layout
+    compute_dtype: torch.dtype | None = None
+    statistics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Says that a weight stays as it is, and why; the reason is reported, so it names what to change."""
+
+    reason: str
+
+
+def matches(module: str, patterns: Iterable[str]) -> str | None:
+    """Return the first of ``patterns`` that names ``module``; None if none does.
+
+    A pattern names a module as transformers' own skip lists do: it is the whole name or a leading part of it up to a dot, a
+    regular expression with the same boundary, or the end of the name.
+    """
+    for pattern in patterns:
+        try:
+            by_expression = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+        except re.error:
+            by_expression = False
+        if by_expression or module.endswith(pattern):
+            return pattern
+    return None
+
+
+def skipped_by(weights: Iterable[WeightInfo], patterns: Mapping[str, str]) -> dict[str, str]:
+    """Return ``{weight name: reason}`` for the weights that ``patterns`` ({pattern: reason}) leave alone."""
+    skipped = {}
+    for weight in weights:
+        pattern = matches(weight.module, patterns)
+        if pattern is not None:
+            skipped[weight.name] = patterns[pattern]
+    return skipped
