@@ -51,8 +51,11 @@ class Format(ABC):
         """Return every local name that the format can use, for whatever layout."""
 
     @abstractmethod
-    def pack(self, layout: Layout, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the file entries for ``parts``; neither is modified. Bit-exact: :meth:`unpack` gives ``parts`` back."""
+    def pack(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the file entries for ``parts``; nothing is modified. Bit-exact: :meth:`unpack` gives ``parts`` back.
+
+        ``dtype``: of the dense weight that the parts stand for; some formats record it.
+        """
 
     @abstractmethod
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

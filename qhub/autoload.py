@@ -1,0 +1,45 @@
+"""The door: what ``import torch`` calls so that a process importing only transformers has every installed method.
+
+torch calls the entry points of its group ``torch.backends`` at the end of its own import. :func:`arm` only asks to be told when
+transformers' quantizer table is imported; nothing of qhub that imports torch is loaded before. It never raises: a broken
+qhub must not break ``import torch``. ``QHUB_AUTOLOAD=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from types import ModuleType
+
+__all__ = ["arm"]
+
+# modeling_utils finishes after quantizers.auto; it is the second chance when torch itself is imported from within
+# quantizers.auto, whose table is then not there yet.
+_TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
+
+
+def arm() -> None:
+    """Arrange that qhub joins transformers when, and only when, transformers' quantizers are imported."""
+    if os.environ.get("QHUB_AUTOLOAD", "1").strip().lower() in ("0", "false", "no", "off"):
+        return
+    try:
+        import wrapt
+
+        for target in _TARGETS:
+            wrapt.register_post_import_hook(_join, target)
+    except Exception as error:
+        # torch turns an exception here into a failed `import torch` for the whole process.
+        warnings.warn(f"qhub could not arm its import hook, so its methods are not registered: {error!r}", stacklevel=2)
+
+
+def _join(module: ModuleType) -> None:
+    auto = sys.modules.get("transformers.quantizers.auto")
+    if auto is None or not hasattr(auto, "register_quantizer"):
+        return
+    try:
+        from qhub.integrations.transformers import install
+
+        install()
+    except Exception as error:
+        warnings.warn(f"qhub could not join transformers, so its methods are not registered: {error!r}", stacklevel=2)
