@@ -1,4 +1,4 @@
-"""Reads a model card's YAML front matter: its data, the tags the Hub derives from it, and what is wrong with it."""
+"""Reads a model card's YAML front matter: its data, the tags the Hub derives from it, and its mistakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def card_data(text: str) -> dict[str, Any]:
 def card_problems(text: str) -> tuple[list[str], list[str]]:
     """Check a card as the Hub's ``/api/validate-yaml`` does, and return its errors and its warnings.
 
-    The Hub knows more rules (lists of licences and languages); these are the ones a generated card trips over.
+    The Hub knows more rules (lists of licences and languages); these are those a generated card breaks.
     """
     data, error = _parse(text)
     if error is not None:

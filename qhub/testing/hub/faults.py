@@ -13,8 +13,9 @@ __all__ = ["DownloadFault", "Faults"]
 class DownloadFault:
     """Says what goes wrong while the body of one download is sent.
 
-    ``cut_after`` is the number of body bytes sent before the connection is cut (None: it is not cut); ``reset``
-    cuts it with a TCP reset instead of an orderly close; ``corrupt`` holds the file offsets of bytes to flip.
+    ``cut_after`` is the number of body bytes sent before the connection is cut; None does not cut it.
+    ``reset`` cuts it with a TCP reset instead of an orderly close. ``corrupt`` holds the file offsets of
+    bytes to flip.
     """
 
     cut_after: int | None = None
@@ -43,7 +44,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def cut(self, file: str = "*", *, after: int, times: int = 1, reset: bool = False) -> None:
-        """Cut the connection once ``after`` body bytes of ``file`` were sent, in the next ``times`` downloads.
+        """Cut the connection after ``after`` body bytes of ``file``, in each of its next ``times`` downloads.
 
         Downloads (ranges) no longer than ``after`` bytes go through and do not count. An orderly close, the
         default, reaches the client as a body that ends early; ``reset=True`` reaches it as a read error.
@@ -63,7 +64,8 @@ class Faults:
     ) -> None:
         """Answer ``status`` to the next ``times`` requests.
 
-        ``method=None`` means any method; ``path`` is a pattern for the decoded URL path, such as ``"*/commit/*"``.
+        ``method=None`` means any method. ``path`` is a pattern for the decoded path of the address, such as
+        ``"*/commit/*"``.
         """
         self._add(_Rule("status", path, times, number=status, method=method))
 
@@ -81,7 +83,10 @@ class Faults:
         return None
 
     def take_upload_cut(self, length: int | None) -> int | None:
-        """Use up and return where to cut an upload of ``length`` bytes (None: unknown); None not to cut it."""
+        """Use up and return after how many bytes to cut an upload; None lets it through.
+
+        ``length`` is the upload's size; None means that the client did not state it.
+        """
         with self._lock:
             for rule in self._matching("cut_upload", ""):
                 if length is None or length > rule.number:

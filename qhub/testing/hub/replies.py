@@ -34,7 +34,11 @@ class Reply:
 
 
 def json_reply(
-    payload: Any, *, status: int = 200, headers: Mapping[str, str] | None = None, media: str = "application/json"
+    payload: Any,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    media: str = "application/json",
 ) -> Reply:
     """Build a JSON answer. ``headers=None`` adds none; values JSON lacks (YAML dates) become text."""
     body = json.dumps(payload, default=str).encode()

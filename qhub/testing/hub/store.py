@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qhub.testing.hub.card import card_data, card_tags
@@ -86,7 +86,7 @@ class Repo:
     type: str
     private: bool
     gated: bool = False
-    created: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
     refs: dict[str, str] = field(default_factory=dict)
     history: dict[str, Commit] = field(default_factory=dict)
     lfs_objects: set[str] = field(default_factory=set)
@@ -127,7 +127,7 @@ class Repo:
         return self.files[path].read_bytes()
 
     def at(self, revision: str) -> Commit | None:
-        """Return the commit that a branch, tag, full reference or commit id names; None when nothing has it."""
+        """Return the commit that a branch, tag, full reference or commit id names, or None."""
         for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
             if name in self.refs:
                 return self.history[self.refs[name]]
@@ -156,7 +156,7 @@ class Repo:
         ref: str,
     ) -> Commit:
         """Record a commit with exactly these files on top of ``parent`` and point ``ref`` at it."""
-        date = datetime.now(timezone.utc)
+        date = datetime.now(UTC)
         listing = sorted((file.path, file.oid) for file in files.values())
         # The clock makes two commits of the same files differ, as git's own timestamps do.
         identity = repr((parent, title, message, author, listing, time.time_ns()))
@@ -168,12 +168,12 @@ class Repo:
 
 
 class Blobs:
-    """Keeps file contents on disk under their hash, so that no name from a request reaches the file system."""
+    """Keeps file contents on disk under their hash, so that no name from a request becomes a file name."""
 
     def __init__(self, root: Path) -> None:
         self._objects = root / "objects"
-        self._incoming = root / "incoming"
-        for folder in (self._objects, self._incoming):
+        self.incoming = root / "incoming"
+        for folder in (self._objects, self.incoming):
             folder.mkdir(parents=True, exist_ok=True)
 
     def add_regular(self, path: str, content: bytes) -> StoredFile:
@@ -181,14 +181,20 @@ class Blobs:
         oid = _git_oid(content)
         target = self._objects / oid
         if not target.exists():
-            handle, name = tempfile.mkstemp(dir=self._incoming)
+            handle, name = tempfile.mkstemp(dir=self.incoming)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
             os.replace(name, target)
         return StoredFile(path, len(content), oid, None, target)
 
+    def add_lfs(self, path: str, content: bytes) -> StoredFile:
+        """Store the content of an LFS file that comes from no upload."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.receive([content], size=len(content), sha256=sha256)
+        return self.lfs_file(path, sha256)
+
     def lfs_file(self, path: str, sha256: str) -> StoredFile:
-        """Describe a stored LFS object as the file at ``path``. Raises FileNotFoundError when it is missing."""
+        """Describe a stored LFS object as the file at ``path``. Raises FileNotFoundError without one."""
         source = self._objects / sha256
         size = source.stat().st_size
         return StoredFile(path, size, _git_oid(_lfs_pointer(sha256, size)), sha256, source)
@@ -196,12 +202,12 @@ class Blobs:
     def receive(self, pieces: Iterable[bytes], *, size: int, sha256: str | None = None) -> tuple[Path, str]:
         """Store a streamed content and return its path and sha256.
 
-        ``sha256=None`` accepts any content (one part of an upload) and leaves it in the incoming folder. Raises
-        HubError 400 when size or hash differ from what was announced; nothing is kept then.
+        ``sha256=None`` accepts any content (one part of an upload) and leaves it in the incoming folder.
+        Raises HubError 400 when size or hash differ from what was announced; nothing is kept then.
         """
         digest = hashlib.sha256()
         received = 0
-        handle, name = tempfile.mkstemp(dir=self._incoming)
+        handle, name = tempfile.mkstemp(dir=self.incoming)
         try:
             with os.fdopen(handle, "wb") as file:
                 for piece in pieces:
@@ -212,7 +218,9 @@ class Blobs:
                     file.write(piece)
             found = digest.hexdigest()
             if received != size or sha256 not in (None, found):
-                raise HubError(400, f"expected {size} bytes of {sha256 or 'any hash'}, got {received} of {found}")
+                raise HubError(
+                    400, f"expected {size} bytes with sha256 {sha256}, got {received} with {found}"
+                )
         except BaseException:
             os.unlink(name)
             raise

@@ -1,0 +1,37 @@
+"""QuantLinear: an ``nn.Linear`` whose weight is a :class:`QuantizedTensor`, so that whatever trains or merges on one just works."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qhub.kernels.linear import linear
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(nn.Linear):
+    """Computes ``x @ weight.T + bias`` with a quantized weight; with a dense one it is a plain ``nn.Linear``.
+
+    It *is* an ``nn.Linear`` with ``weight`` (out_features, in_features) of a float dtype: adapters, hooks and merges treat it as
+    one. The kernel is resolved once per weight, device and dtype, and called straight from ``forward``.
+    """
+
+    @classmethod
+    def hollow(cls, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> QuantLinear:
+        """Return a layer on the meta device whose weight is set later; ``bias`` is taken over as it is."""
+        layer = cls(in_features, out_features, bias=False, device="meta", dtype=dtype)
+        layer.weight.requires_grad_(False)
+        layer.bias = bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, QuantizedTensor):
+            return nn.functional.linear(input, weight, self.bias)
+        return linear(input, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        kind = self.weight.quant_layout.kind if isinstance(self.weight, QuantizedTensor) else "dense"
+        return f"{super().extra_repr()}, {kind}"

@@ -1,0 +1,469 @@
+"""QuantizedTensor: a torch.Tensor over any layout, with the shape, dtype and device of the dense weight it stands for.
+
+``F.linear`` goes to the kernels; views of leading dimensions, moves, transposition, FSDP's and torch.compile's flattening keep
+it quantized; writing into it requantizes onto its layout; every other operation runs on the dequantized weight. Gradients
+flow to inputs, never to codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from qhub.errors import LayoutError, UnsupportedError
+from qhub.layouts import Layout, nbytes
+from qhub.layouts.keys import layout_key, layout_of
+from qhub.merging import AdapterPolicy
+
+__all__ = ["QuantizedTensor"]
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(torch.Tensor):
+    """Stands for a dense weight (..., N, K) held as the parts of a layout.
+
+    Make one with :meth:`build`. ``quant_layout``: describes one (N, K) matrix. ``parts``: the tensors, with leading batch
+    dimensions for fused experts. ``compute_dtype``: products run in it; None: in the input's. ``policy``: what writing does.
+    ``transposed``: the tensor is seen as (..., K, N). ``dequantize()`` returns the dense weight.
+    """
+
+    quant_layout: Layout
+    parts: dict[str, Tensor]
+    compute_dtype: torch.dtype | None
+    policy: AdapterPolicy
+    transposed: bool
+    memo: dict[Any, Any]
+    key: str
+
+    @staticmethod
+    def __new__(cls, source: QuantizedTensor, requires_grad: bool = False) -> QuantizedTensor:
+        """Return an alias of ``source``: libraries rebuild a parameter with ``type(parameter)(value, requires_grad=...)``."""
+        if not isinstance(source, QuantizedTensor):
+            raise LayoutError(
+                f"a QuantizedTensor cannot be made from a {type(source).__name__}: use QuantizedTensor.build(layout, parts, dtype)"
+            )
+        if requires_grad:
+            raise UnsupportedError(_NO_GRADIENT)
+        return source._like(source.parts)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # torch.Tensor.__init__ would refuse the arguments of __new__.
+        pass
+
+    @classmethod
+    def build(
+        cls,
+        layout: Layout,
+        parts: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        policy: AdapterPolicy | None = None,
+        transposed: bool = False,
+    ) -> QuantizedTensor:
+        """Return the tensor that ``parts`` stand for on ``layout``, of dense ``dtype``.
+
+        Raises :class:`LayoutError` when the parts do not fit the layout.
+        """
+        layout.validate(parts)
+        return cls._wrap(layout, parts, dtype, compute_dtype, policy or AdapterPolicy(), transposed)
+
+    @classmethod
+    def _wrap(
+        cls,
+        layout: Layout,
+        parts: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None,
+        policy: AdapterPolicy,
+        transposed: bool,
+    ) -> QuantizedTensor:
+        n, k = layout.out_features, layout.in_features
+        shape = (*layout.batch_shape(parts), *((k, n) if transposed else (n, k)))
+        device = next(iter(parts.values())).device
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)  # type: ignore[attr-defined]
+        self._set(layout, parts, compute_dtype, policy, transposed)
+        return self
+
+    def _set(
+        self,
+        layout: Layout,
+        parts: Mapping[str, Tensor],
+        compute_dtype: torch.dtype | None,
+        policy: AdapterPolicy,
+        transposed: bool,
+    ) -> None:
+        self.quant_layout = layout
+        self.key = layout_key(layout)
+        # In the order of the layout's specs: a compiled operator gets them as a plain list.
+        self.parts = {name: parts[name] for name in layout_of(self.key)[1]}
+        self.compute_dtype = compute_dtype
+        self.policy = policy
+        self.transposed = transposed
+        self.memo = {}
+        # torch.compile and FSDP reach the inner tensors as attributes, by the names of __tensor_flatten__.
+        for name, part in self.parts.items():
+            setattr(self, f"part_{name}", part)
+
+    def _like(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None, **changes: Any) -> QuantizedTensor:
+        return self._wrap(
+            changes.get("layout", self.quant_layout),
+            parts,
+            dtype or self.dtype,
+            self.compute_dtype,
+            self.policy,
+            changes.get("transposed", self.transposed),
+        )
+
+    # -- what it stands for ------------------------------------------------------------------------------------------
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Return the dense weight in ``dtype``; None for the tensor's own."""
+        dense = self.quant_layout.dequantize(self.parts, dtype or self.dtype)
+        return dense.transpose(-1, -2) if self.transposed else dense
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Return the bytes its parts take in memory."""
+        return nbytes(self.parts)
+
+    def write_(self, dense: Tensor) -> QuantizedTensor:
+        """Requantize ``dense`` (same shape) onto the layout, in place: the parts keep their shapes and storage.
+
+        Raises :class:`UnsupportedError` when the method refuses writes, or when a value is not finite.
+        """
+        if self.policy.refuse is not None:
+            raise UnsupportedError(f"this quantized weight cannot be written into: {self.policy.refuse}")
+        if dense.shape != self.shape:
+            dense = dense.expand(self.shape)
+        with torch.no_grad():
+            dense = dense.detach().to(self.device, torch.float32)
+            if dense.device.type != "meta" and not bool(torch.isfinite(dense).all()):
+                raise UnsupportedError("the values to write into a quantized weight hold NaN or infinity: nothing was written")
+            if self.transposed:
+                dense = dense.transpose(-1, -2)
+            written = self.quant_layout.requantize(dense, self.parts, self.policy.grid)
+            for name, part in self.parts.items():
+                if written[name] is not part:
+                    part.copy_(written[name])
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return (
+            f"QuantizedTensor({self.quant_layout.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"{8 * self.nbytes / max(self.numel(), 1):.3f} bits per weight)"
+        )
+
+    # -- protocols of torch ------------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = tuple(self.parts)
+        context = (self.quant_layout, names, self.dtype, self.compute_dtype, self.policy, self.transposed)
+        return [f"part_{name}" for name in names], context
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> QuantizedTensor:
+        layout, names, dtype, compute_dtype, policy, transposed = context
+        return cls._wrap(layout, {n: inner[f"part_{n}"] for n in names}, dtype, compute_dtype, policy, transposed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        result = self._like({name: part.clone() for name, part in self.parts.items()})
+        memo[id(self)] = result
+        for name, value in self.__dict__.items():
+            if name not in result.__dict__:
+                result.__dict__[name] = copy.deepcopy(value, memo)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        extra = {"_is_param": True} if getattr(self, "_is_param", False) else {}
+        arguments = (self.quant_layout, dict(self.parts), self.dtype, self.compute_dtype, self.policy, self.transposed, extra)
+        return _rebuild, arguments
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _FUNCTIONS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _OPERATORS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return _on_dense(func, args, kwargs)
+
+
+_NO_GRADIENT = (
+    "a quantized weight cannot require gradients: its codes are integers. Train an adapter on it (any PEFT tuner), or dequantize "
+    "the model first (model.dequantize())"
+)
+
+
+def _rebuild(
+    layout: Layout, parts: dict[str, Tensor], dtype: Any, compute_dtype: Any, policy: Any, transposed: bool, extra: dict
+) -> QuantizedTensor:
+    result = QuantizedTensor._wrap(layout, parts, dtype, compute_dtype, policy, transposed)
+    for name, value in extra.items():
+        setattr(result, name, value)
+    return result
+
+
+def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on dequantized weights; if it writes into a quantized one, requantize the result into it."""
+    written = [
+        (args[i] if i < len(args) else kwargs.get(argument.name))
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    dense: dict[int, Tensor] = {}
+
+    def densify(value: Any) -> Any:
+        if not isinstance(value, QuantizedTensor):
+            return value
+        if id(value) not in dense:
+            # An in-place operator needs memory of its own, not the transposed view of a dequantized matrix.
+            dense[id(value)] = value.dequantize().contiguous()
+        return dense[id(value)]
+
+    result = func(*tree_map(densify, args), **tree_map(densify, kwargs))
+    targets = [value for value in tree_flatten(written)[0] if isinstance(value, QuantizedTensor)]
+    for target in targets:
+        target.write_(dense[id(target)])
+    return targets[0] if targets else result
+
+
+def _linear_function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    from qhub.kernels.linear import linear
+
+    if isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        return NotImplemented
+    if weight.ndim != 2 or weight.transposed or isinstance(bias, QuantizedTensor):
+        return NotImplemented
+    return linear(x, weight, bias)
+
+
+def _matmul_function(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Any:
+    """Send ``x @ w.T`` to the kernels; other products run on the dequantized weight."""
+    from qhub.kernels.linear import linear
+
+    if out is not None or isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+        return NotImplemented
+    if weight.ndim != 2 or not weight.transposed or x.ndim < 1:
+        return NotImplemented
+    return linear(x, weight._like(weight.parts, transposed=False))
+
+
+def _set_data(self: Tensor, value: Tensor) -> Any:
+    if not isinstance(self, QuantizedTensor):
+        return NotImplemented
+    if not isinstance(value, QuantizedTensor):
+        self.write_(value)
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        # Adopts dtype, device and shape of the new wrapper; the parts are ours to replace.
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+    self._set(value.quant_layout, value.parts, value.compute_dtype, value.policy, value.transposed)
+    return None
+
+
+def _require_grad(self: Tensor, value: bool = True) -> Any:
+    if isinstance(self, QuantizedTensor) and value:
+        raise UnsupportedError(_NO_GRADIENT)
+    return NotImplemented
+
+
+_FUNCTIONS: dict[Any, Callable] = {
+    torch.nn.functional.linear: _linear_function,
+    torch.matmul: _matmul_function,
+    torch.Tensor.matmul: _matmul_function,
+    torch.Tensor.__matmul__: _matmul_function,
+    torch.mm: _matmul_function,
+    torch.Tensor.mm: _matmul_function,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_: _require_grad,
+    torch.Tensor.requires_grad.__set__: _require_grad,  # type: ignore[attr-defined]
+}
+
+
+# -- operators that keep a weight quantized ----------------------------------------------------------------------------
+
+
+def _alias(self: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    return self._like(self.parts)
+
+
+def _clone(self: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTensor:
+    return self._like({name: part.clone() for name, part in self.parts.items()})
+
+
+def _to_copy(self: QuantizedTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    parts = {name: part.to(device=device, non_blocking=non_blocking, copy=True) for name, part in self.parts.items()}
+    return self._like(parts, dtype)
+
+
+def _transpose(self: QuantizedTensor, first: int = 0, second: int = 1) -> Any:
+    if {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
+        return NotImplemented
+    return self._like(self.parts, transposed=not self.transposed)
+
+
+def _batch_index(self: QuantizedTensor, dim: int) -> bool:
+    """Return whether ``dim`` counts matrices (a leading dimension), not rows or columns of one."""
+    return dim % self.ndim < self.ndim - 2
+
+
+def _each_part(self: QuantizedTensor, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    specs = self.quant_layout.part_specs()
+    return {name: change(part) if specs[name].batched else part for name, part in self.parts.items()}
+
+
+def _select(self: QuantizedTensor, dim: int, index: int) -> Any:
+    if not _batch_index(self, dim):
+        return NotImplemented
+    return self._like(_each_part(self, lambda part: part.select(dim % self.ndim, int(index))))
+
+
+def _slice(self: QuantizedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    dim = dim % self.ndim
+    if _batch_index(self, dim):
+        return self._like(_each_part(self, lambda part: aten.slice.Tensor(part, dim, start, end, step)))
+    begin, stop, stride = slice(start, end, step).indices(self.shape[dim])
+    if (begin, stop, stride) == (0, self.shape[dim], 1):
+        return _alias(self)
+    rows = self.ndim - 1 if self.transposed else self.ndim - 2
+    if dim != rows or stride != 1 or stop <= begin:
+        return NotImplemented
+    cut = self.quant_layout.select_rows(self.parts, begin, stop)
+    return NotImplemented if cut is None else self._like(cut[1], layout=cut[0])
+
+
+def _split(self: QuantizedTensor, size: Any, dim: int = 0) -> Any:
+    sizes = size if isinstance(size, (list, tuple)) else None
+    total = self.shape[dim]
+    if sizes is None:
+        sizes = [min(size, total - at) for at in range(0, total, size)]
+    pieces, at = [], 0
+    for length in sizes:
+        piece = _slice(self, dim, at, at + length)
+        if piece is NotImplemented:
+            return NotImplemented
+        pieces.append(piece)
+        at += length
+    return pieces
+
+
+def _unbind(self: QuantizedTensor, dim: int = 0) -> Any:
+    if not _batch_index(self, dim):
+        return NotImplemented
+    return [_select(self, dim, index) for index in range(self.shape[dim])]
+
+
+def _index(self: QuantizedTensor, indices: Any) -> Any:
+    if isinstance(self, QuantizedTensor) and len(indices) == 1 and self.ndim > 2 and indices[0].dtype != torch.bool:
+        return self._like(_each_part(self, lambda part: part[indices[0]]))
+    return NotImplemented
+
+
+def _stack(tensors: list[Any], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not all(isinstance(t, QuantizedTensor) for t in tensors) or dim != 0:
+        return NotImplemented
+    if any(t.quant_layout != first.quant_layout or t.shape != first.shape or t.transposed != first.transposed for t in tensors):
+        return NotImplemented
+    parts = {}
+    for name, spec in first.quant_layout.part_specs().items():
+        column = [t.parts[name] for t in tensors]
+        if spec.batched:
+            parts[name] = torch.stack(column)
+        elif all(torch.equal(one, column[0]) for one in column[1:]):
+            parts[name] = column[0]
+        else:
+            return NotImplemented
+    return first._like(parts)
+
+
+def _cat(tensors: list[Any], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not all(isinstance(t, QuantizedTensor) and t.transposed == first.transposed for t in tensors):
+        return NotImplemented
+    rows = first.ndim - 1 if first.transposed else first.ndim - 2
+    if dim % first.ndim != rows:
+        return NotImplemented
+    merged = first.quant_layout.concat_rows([t.parts for t in tensors], [t.quant_layout for t in tensors])
+    return NotImplemented if merged is None else first._like(merged[1], layout=merged[0])
+
+
+def _view(self: QuantizedTensor, shape: Any) -> Any:
+    wanted = [int(size) for size in shape]
+    if -1 in wanted:
+        known = 1
+        for size in wanted:
+            known *= size if size != -1 else 1
+        wanted[wanted.index(-1)] = self.numel() // max(known, 1)
+    return _alias(self) if tuple(wanted) == tuple(self.shape) else NotImplemented
+
+
+def _copy(self: Any, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(self, QuantizedTensor):
+        self.copy_(source.dequantize())
+        return self
+    if isinstance(source, QuantizedTensor):
+        same = source.quant_layout == self.quant_layout and source.transposed == self.transposed
+        if same and source.shape == self.shape:
+            for name, part in self.parts.items():
+                part.copy_(source.parts[name], non_blocking=non_blocking)
+            return self
+        source = source.dequantize()
+    return self.write_(source)
+
+
+def _empty_like(self: QuantizedTensor, *args: Any, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.empty(self.shape, dtype=dtype or self.dtype, device=device or self.device)
+
+
+_OPERATORS: dict[Any, Callable] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.lift_fresh.default: _alias,
+    aten.contiguous.default: _alias,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbind,
+    aten.index.Tensor: _index,
+    aten.stack.default: _stack,
+    aten.cat.default: _cat,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.copy_.default: _copy,
+    aten.empty_like.default: _empty_like,
+}
