@@ -29,6 +29,8 @@ class ConfigSpec:
     the method does not offer; None accepts all that the class accepts. ``skip``: attribute that lists modules to leave in
     16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are left alone when
     that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
+    ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the disk.
+    ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is one.
     """
 
     cls: type | str
@@ -37,6 +39,8 @@ class ConfigSpec:
     skip: str | None = None
     default_skip: bool = True
     always_default_skip: bool = False
+    offload_skip: str | None = None
+    prefers_accelerator: bool = False
 
     def resolve(self) -> type:
         """Return the config class."""

@@ -382,6 +382,12 @@ def _unbind(self: QuantizedTensor, dim: int = 0) -> Any:
     return [_select(self, dim, index) for index in range(self.shape[dim])]
 
 
+def _squeeze(self: QuantizedTensor, dim: int) -> Any:
+    if not _batch_index(self, dim) or self.shape[dim] != 1:
+        return NotImplemented
+    return _select(self, dim, 0)
+
+
 def _index(self: QuantizedTensor, indices: Any) -> Any:
     if isinstance(self, QuantizedTensor) and len(indices) == 1 and self.ndim > 2 and indices[0].dtype != torch.bool:
         return self._like(_each_part(self, lambda part: part[indices[0]]))
@@ -459,6 +465,7 @@ _OPERATORS: dict[Any, Callable] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
+    aten.squeeze.dim: _squeeze,
     aten.index.Tensor: _index,
     aten.stack.default: _stack,
     aten.cat.default: _cat,

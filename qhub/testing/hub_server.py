@@ -131,9 +131,7 @@ class HubServer:
         return client_environment(self.endpoint, self._home(cache_dir), token)
 
     @contextmanager
-    def activate(
-        self, *, token: str | None = None, cache_dir: Path | str | None = None
-    ) -> Iterator[HubServer]:
+    def activate(self, *, token: str | None = None, cache_dir: Path | str | None = None) -> Iterator[HubServer]:
         """Point the client of this process at the server inside a ``with`` block, and restore it after.
 
         The arguments mean what they mean to ``environment``, whose variables are set as well. ``HfApi``

@@ -108,9 +108,7 @@ def test_folder_round_trip(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     assert got == contents
 
     repo = hub.repo("alice/model")
-    assert {path for path, file in repo.files.items() if file.lfs} == {
-        p for p in contents if p.endswith("rs")
-    }
+    assert {path for path, file in repo.files.items() if file.lfs} == {p for p in contents if p.endswith("rs")}
     assert [(c.title, c.author) for c in repo.commits] == [("Add it", "alice"), ("initial commit", "system")]
     assert commit.oid == repo.head.oid == api.model_info("alice/model").sha
     assert not repo.private
@@ -127,9 +125,7 @@ def test_unchanged_files_are_not_uploaded_again(hub: HubServer, api: HfApi, tmp_
     (tmp_path / "model" / "model-00002-of-00003.safetensors").write_bytes(b"new" + WEIGHTS)
     api.upload_folder(repo_id="alice/model", folder_path=tmp_path / "model")
     assert len(hub.repo("alice/model").commits) == 3
-    assert [request.method for request in hub.requests if request.path.startswith("/objects/")].count(
-        "PUT"
-    ) == 1
+    assert [request.method for request in hub.requests if request.path.startswith("/objects/")].count("PUT") == 1
 
 
 def test_uploads_in_parts_and_from_memory(tmp_path: Path) -> None:
@@ -144,10 +140,7 @@ def test_uploads_in_parts_and_from_memory(tmp_path: Path) -> None:
         api.upload_file(repo_id="alice/model", path_in_repo="small.txt", path_or_fileobj=b"x" * 1000)
 
         repo = hub.repo("alice/model")
-        assert (
-            repo.read("big.safetensors")
-            == Path(hf_hub_download("alice/model", "big.safetensors")).read_bytes()
-        )
+        assert repo.read("big.safetensors") == Path(hf_hub_download("alice/model", "big.safetensors")).read_bytes()
         assert repo.files["big.safetensors"].sha256 == hashlib.sha256(WEIGHTS).hexdigest()
         assert repo.files["big.txt"].lfs
         assert not repo.files["small.txt"].lfs
@@ -193,9 +186,7 @@ def test_revisions(hub: HubServer, api: HfApi) -> None:
     with pytest.raises(RevisionNotFoundError):
         api.model_info("alice/model", revision="nowhere")
     with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
-        api.upload_file(
-            repo_id="alice/model", path_in_repo="a.txt", path_or_fileobj=b"5", parent_commit=first.oid
-        )
+        api.upload_file(repo_id="alice/model", path_in_repo="a.txt", path_or_fileobj=b"5", parent_commit=first.oid)
 
 
 def test_listing(hub: HubServer, api: HfApi) -> None:
@@ -236,9 +227,7 @@ def test_card_gives_tags(hub: HubServer, api: HfApi) -> None:
         ("- a", "must be a mapping"),
     ],
 )
-def test_bad_card_is_refused_before_any_upload(
-    hub: HubServer, api: HfApi, front_matter: str, message: str
-) -> None:
+def test_bad_card_is_refused_before_any_upload(hub: HubServer, api: HfApi, front_matter: str, message: str) -> None:
     hub.add_repo("alice/model", {})
     card = f"---\n{front_matter}\n---\n".encode()
     with pytest.raises(ValueError, match=message):
@@ -364,9 +353,7 @@ def test_cut_and_unavailable_uploads_are_repeated(hub: HubServer, api: HfApi, tm
     api.create_repo("model")
     hub.faults.cut_upload(after=70_000)
     hub.faults.unavailable(method="PUT", times=2)
-    api.upload_file(
-        repo_id="alice/model", path_in_repo="w.safetensors", path_or_fileobj=tmp_path / "w.safetensors"
-    )
+    api.upload_file(repo_id="alice/model", path_in_repo="w.safetensors", path_or_fileobj=tmp_path / "w.safetensors")
     assert hub.repo("alice/model").read("w.safetensors") == WEIGHTS
     assert [r.status for r in hub.requests if r.method == "PUT"].count(200) == 1
 
@@ -402,9 +389,7 @@ def test_ranges(hub: HubServer, api: HfApi) -> None:
     header = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
     content = len(header).to_bytes(8, "little") + header + b"abcd"
     hub.add_repo("alice/model", {"model.safetensors": content})
-    assert get_safetensors_metadata("alice/model").files_metadata["model.safetensors"].tensors["w"].shape == [
-        4
-    ]
+    assert get_safetensors_metadata("alice/model").files_metadata["model.safetensors"].tensors["w"].shape == [4]
 
     url = huggingface_hub.hf_hub_url("alice/model", "model.safetensors")
     for wanted, expected in (("0-3", content[:4]), ("5-", content[5:]), ("-4", b"abcd"), ("0-9999", content)):
@@ -416,9 +401,7 @@ def test_ranges(hub: HubServer, api: HfApi) -> None:
 
 def test_head_of_an_lfs_file_has_what_the_client_reads(hub: HubServer, api: HfApi) -> None:
     repo = hub.add_repo("alice/model", {"w.safetensors": WEIGHTS})
-    metadata = huggingface_hub.get_hf_file_metadata(
-        huggingface_hub.hf_hub_url("alice/model", "w.safetensors")
-    )
+    metadata = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url("alice/model", "w.safetensors"))
     assert (metadata.commit_hash, metadata.size) == (repo.head.oid, len(WEIGHTS))
     assert metadata.etag == hashlib.sha256(WEIGHTS).hexdigest()
     assert metadata.xet_file_data is None
@@ -456,9 +439,7 @@ def test_requests_that_are_refused(hub: HubServer, api: HfApi) -> None:
         ),
         "Malformed line": get_session().post(commit, content=b"{", headers=owner),
         "no summary": get_session().post(commit, content=b"", headers=owner),
-        "HF_HUB_DISABLE_XET": get_session().get(
-            f"{hub.endpoint}/api/models/alice/model/xet-write-token/main"
-        ),
+        "HF_HUB_DISABLE_XET": get_session().get(f"{hub.endpoint}/api/models/alice/model/xet-write-token/main"),
         "Nothing is at": get_session().get(f"{hub.endpoint}/api/elsewhere"),
         "not served at": get_session().delete(commit),
     }
@@ -483,9 +464,7 @@ def test_environment_serves_another_process(hub: HubServer, tmp_path: Path) -> N
         print(hf_hub_download("alice/model", "w.safetensors"))
     """
     environment = {**os.environ, **hub.environment(token="hf_alice", cache_dir=tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
     assert path.read_bytes() == hub.repo("alice/model").read("w.safetensors") == b"abc"

@@ -10,6 +10,7 @@ import yaml
 __all__ = ["card_data", "card_problems", "card_tags"]
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_TEXT_KEYS = ("library_name", "pipeline_tag", "license", "base_model_relation")
 _MODEL_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 
 
@@ -29,18 +30,17 @@ def card_problems(text: str) -> tuple[list[str], list[str]]:
         return [error], []
     if not data:
         return [], ["empty or missing yaml metadata in repo card"]
-    errors = []
-    for key in ("tags", "datasets"):
-        if not all(isinstance(item, str) for item in _as_list(data.get(key))):
-            errors.append(f'"{key}" must be a list of strings')
-    for key in ("library_name", "pipeline_tag", "license", "base_model_relation"):
-        if not isinstance(data.get(key, ""), str):
-            errors.append(f'"{key}" must be a string')
-    for model in _as_list(data.get("base_model")):
-        if not (isinstance(model, str) and _MODEL_ID.fullmatch(model)):
-            errors.append(
-                f'"base_model" with value "{model}" is not valid. Use a model id from https://hf.co/models.'
-            )
+    lists = [key for key in ("tags", "datasets") if not all(isinstance(i, str) for i in _as_list(data.get(key)))]
+    texts = [key for key in _TEXT_KEYS if not isinstance(data.get(key, ""), str)]
+    models = [name for name in _as_list(data.get("base_model")) if not _MODEL_ID.fullmatch(str(name))]
+    errors = [
+        *(f'"{key}" must be a list of strings' for key in lists),
+        *(f'"{key}" must be a string' for key in texts),
+        *(
+            f'"base_model" with value "{name}" is not valid. Use a model id from https://hf.co/models.'
+            for name in models
+        ),
+    ]
     return errors, []
 
 

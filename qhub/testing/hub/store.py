@@ -184,7 +184,7 @@ class Blobs:
             handle, name = tempfile.mkstemp(dir=self.incoming)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            os.replace(name, target)
+            Path(name).replace(target)
         return StoredFile(path, len(content), oid, None, target)
 
     def add_lfs(self, path: str, content: bytes) -> StoredFile:
@@ -218,16 +218,14 @@ class Blobs:
                     file.write(piece)
             found = digest.hexdigest()
             if received != size or sha256 not in (None, found):
-                raise HubError(
-                    400, f"expected {size} bytes with sha256 {sha256}, got {received} with {found}"
-                )
+                raise HubError(400, f"expected {size} bytes with sha256 {sha256}, got {received} with {found}")
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink()
             raise
         target = Path(name)
         if sha256 is not None:
             target = self._objects / sha256
-            os.replace(name, target)
+            Path(name).replace(target)
         return target, found
 
 
@@ -248,9 +246,7 @@ class Store:
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         repo = Repo(repo_id, repo_type, private)
         first = self.blobs.add_regular(".gitattributes", attributes.encode())
-        repo.commit(
-            {first.path: first}, title="initial commit", author="system", parent=None, ref="refs/heads/main"
-        )
+        repo.commit({first.path: first}, title="initial commit", author="system", parent=None, ref="refs/heads/main")
         with self._lock:
             if (repo_type, repo_id) in self._repos:
                 return None

@@ -1,0 +1,98 @@
+"""Which weights of a transformers model could be quantized, and the layers that will hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qhub.modules import QuantLinear
+from qhub.plan import WeightInfo
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["find_weights", "memory_footprint", "put_layers", "undo_layers", "use_plain_experts"]
+
+
+def find_weights(model: nn.Module) -> dict[str, WeightInfo]:
+    """Return every weight that a method may quantize, by parameter name: linear layers and fused experts."""
+    from transformers.pytorch_utils import Conv1D
+
+    found: dict[str, WeightInfo] = {}
+    for prefix, module in model.named_modules():
+        if type(module) in (nn.Linear, QuantLinear):
+            name, weight = _join(prefix, "weight"), module.weight
+            found[name] = WeightInfo(name, module.out_features, module.in_features, weight.dtype)
+        elif isinstance(module, Conv1D):
+            name, weight = _join(prefix, "weight"), module.weight
+            found[name] = WeightInfo(name, weight.shape[1], weight.shape[0], weight.dtype, "conv1d")
+        elif _holds_experts(module):
+            # transformers' use_experts_implementation notes on each module whether it keeps weights as (in, out).
+            transposed = bool(getattr(module, "is_transposed", False))
+            for local, weight in module.named_parameters(recurse=False):
+                if weight.ndim != 3:
+                    continue
+                name = _join(prefix, local)
+                n, k = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
+                found[name] = WeightInfo(name, n, k, weight.dtype, "experts", weight.shape[0], transposed)
+    return found
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") or "Experts" in type(module).__name__
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def put_layers(model: nn.Module, weights: Iterable[WeightInfo]) -> None:
+    """Replace the linear layers of ``weights`` by hollow :class:`QuantLinear`; fused experts keep their module."""
+    for info in weights:
+        parent, _, leaf = info.name.rpartition(".")
+        if info.kind == "experts":
+            getattr(model.get_submodule(parent), leaf).requires_grad_(False)
+            continue
+        old = model.get_submodule(parent)
+        layer = QuantLinear.hollow(info.in_features, info.out_features, getattr(old, "bias", None), info.dtype)
+        layer.train(old.training)
+        model.set_submodule(parent, layer)
+
+
+def undo_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantized weight by its dense one in ``dtype``, and :class:`QuantLinear` by ``nn.Linear``."""
+    for prefix, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, QuantizedTensor):
+                dense = parameter.dequantize(dtype).contiguous()
+                module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
+        if type(module) is QuantLinear:
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = module.weight, module.bias
+            plain.train(module.training)
+            if hasattr(module, "_hf_hook"):
+                from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+                hook = module._hf_hook
+                remove_hook_from_module(module)
+                add_hook_to_module(plain, hook)
+            model.set_submodule(prefix, plain)
+
+
+def use_plain_experts(model: Any) -> None:
+    """Make fused experts run one ``F.linear`` per expert: the grouped products of transformers want dense weights."""
+    if any(isinstance(p, QuantizedTensor) and p.ndim == 3 for p in model.parameters()):
+        model.set_experts_implementation("eager")
+
+
+def memory_footprint(model: Any, original: Any, return_buffers: bool = True) -> int:
+    """Return the bytes that the model's tensors take; quantized weights count packed.
+
+    ``original`` is transformers' own method, which would count a quantized weight as if it were dense.
+    """
+    total = original(model, return_buffers=return_buffers)
+    for parameter in model.parameters():
+        if isinstance(parameter, QuantizedTensor):
+            total += parameter.nbytes - parameter.numel() * parameter.element_size()
+    return total
