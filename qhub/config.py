@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -31,6 +31,8 @@ class ConfigSpec:
     that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
     ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the disk.
     ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is one.
+    ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line and the demo
+    offer. ``from_options``: turns command-line options (``{"bits": 4}``) into config values; None takes them as keys.
     """
 
     cls: type | str
@@ -41,6 +43,8 @@ class ConfigSpec:
     always_default_skip: bool = False
     offload_skip: str | None = None
     prefers_accelerator: bool = False
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    from_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def resolve(self) -> type:
         """Return the config class."""

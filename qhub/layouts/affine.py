@@ -55,6 +55,10 @@ class Affine(Layout):
         """Return the shape of the scales of one matrix."""
         return self.grid.scale_shape(self.out_features, self.in_features)
 
+    def scale_tensors(self) -> dict[str, Nested | None]:
+        names: dict[str, Nested | None] = {"scales": self.scales_nested}
+        return names if self.zero == "constant" else {**names, "zeros": self.zeros_nested}
+
     def core_specs(self) -> dict[str, PartSpec]:
         if self.signed:
             codes = PartSpec((self.out_features, self.in_features), (torch.int8,))
@@ -84,27 +88,30 @@ class Affine(Layout):
         return scales, scale_values("zeros", self.scale_shape, self.zeros_nested, parts)
 
     def decode(self, parts: Parts) -> Tensor:
+        w = self._weights(self.grid.split(self.codes(parts)), parts)
+        return self.grid.join(w, self.out_features, self.in_features)
+
+    def _weights(self, q: Tensor, parts: Parts) -> Tensor:
+        """Return the weights that the codes ``q``, of any dtype and split into groups, stand for; float32, split likewise."""
         scales, zeros = self.scales_and_zeros(parts)
         dtype = torch.float32 if self.math == "float32" else scales.dtype
-        grid = self.grid
-        q = grid.split(self.codes(parts).to(dtype))
-        scale = grid.spread(scales.to(dtype))
+        q, scale = q.to(dtype), self.grid.spread(scales.to(dtype))
         if zeros is None:
             w = (q - self.zero_point if self.zero_point else q) * scale
         elif self.zero == "value":
-            w = (q - grid.spread(zeros.to(dtype))) * scale
+            w = (q - self.grid.spread(zeros.to(dtype))) * scale
         else:
-            w = q * scale + grid.spread(zeros.to(dtype))
+            w = q * scale + self.grid.spread(zeros.to(dtype))
         if self.unit != 1.0:
             w = w * self.unit
-        return grid.join(w, self.out_features, self.in_features).float()
+        return w.float()
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Return the smallest and largest code."""
-        return (-127, 127) if self.signed else (0, 2**self.bits - 1)
+        return (-128, 127) if self.signed else (0, 2**self.bits - 1)
 
     def pack_codes(self, q: Tensor) -> Tensor:
         """Return the part ``qweight`` for codes ``q`` (..., N, K) of any dtype, whole numbers within the range."""
@@ -124,8 +131,15 @@ class Affine(Layout):
         elif self.zero == "value":
             q = q + grid.spread(zeros.float())
         low, high = self.code_range
-        q = grid.join(q.round().clamp(low, high), self.out_features, self.in_features)
-        return {"qweight": self.pack_codes(q)}
+        q = q.round().clamp(low, high)
+        if self.math == "scales" and scales.dtype != torch.float32:
+            # A formula rounded to 8 or 11 bits may bring the code beside the exact quotient nearer; both lie within one step.
+            wanted = grid.split(weight.float())
+            best = (self._weights(q, parts) - wanted).abs()
+            for other in ((q - 1).clamp_min(low), (q + 1).clamp_max(high)):
+                error = (self._weights(other, parts) - wanted).abs()
+                q, best = torch.where(error < best, other, q), torch.minimum(best, error)
+        return {"qweight": self.pack_codes(grid.join(q, self.out_features, self.in_features))}
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         """Return parts whose scales span the range of ``weight`` in each group, with the nearest codes."""
@@ -151,7 +165,7 @@ class Affine(Layout):
             step = stored.reshape(scale.shape) * self.unit
             if self.zero == "value":
                 zero = low - smallest / torch.where(step == 0, torch.ones_like(step), step)
-                if not parts["zeros"].is_floating_point():
+                if self.zeros_nested is None and not parts["zeros"].is_floating_point():
                     zero = zero.round().clamp(low, high)
             else:
                 zero = smallest / self.unit
@@ -167,16 +181,12 @@ class Affine(Layout):
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    def _companions(self) -> dict[str, Nested | None]:
-        names: dict[str, Nested | None] = {"scales": self.scales_nested}
-        return names if self.zero == "constant" else {**names, "zeros": self.zeros_nested}
-
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
-        scales = rows.cut_scales(self, self.grid, self._companions(), parts, start, stop)
+        scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
         return None if scales is None else {"qweight": parts["qweight"][..., start:stop, :], **scales}
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
-        scales = rows.stack_scales(self, self.grid, self._companions(), parts, layouts)
+        scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
         if scales is None:
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}

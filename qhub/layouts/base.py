@@ -10,13 +10,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts.transforms import Transform, transform_weight
+
+if TYPE_CHECKING:
+    from qhub.layouts.nested import Nested
 
 __all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts"]
 
@@ -90,11 +93,26 @@ class Layout(ABC):
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         """Return the parts of the matrices ``parts`` on top of each other; None when that is not exact."""
 
+    def scale_tensors(self) -> dict[str, Nested | None]:
+        """Return the names of the scale tensors, each with how it is quantized in turn; None for plain ones."""
+        return {}
+
     def check_values(self, parts: Parts) -> None:
-        """Raise :class:`LayoutError` if a part holds an impossible value (not finite, a code outside its table)."""
+        """Raise :class:`LayoutError` if a part holds an impossible value; ``parts`` have passed :meth:`validate`.
+
+        Impossible are NaN and infinity, a code outside its table, a permutation that names an entry twice, a divisor of 0. On
+        the meta device there is nothing to look at.
+        """
+        if any(part.device.type == "meta" for part in parts.values()):
+            return
         for name, part in parts.items():
-            if part.is_floating_point() and part.device.type != "meta" and not bool(torch.isfinite(part.float()).all()):
+            if part.is_floating_point() and not bool(torch.isfinite(part.float()).all()):
                 raise LayoutError(f"tensor {name!r} holds NaN or infinity: the file is damaged")
+        for name, nested in self.scale_tensors().items():
+            if nested is not None:
+                nested.check_values(name, parts)
+        for transform in self.transforms:
+            transform.check_values(parts)
 
     # -- what all layouts share --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qhub.layouts import rows
 from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
 from qhub.layouts.grid import Grid
-from qhub.layouts.nested import FLOATS
+from qhub.layouts.nested import FLOATS, Nested, scale_codes
 
 __all__ = ["Float8"]
 
@@ -39,6 +39,9 @@ class Float8(Layout):
         """Return the shape of the scales of one matrix."""
         return self.grid.scale_shape(self.out_features, self.in_features)
 
+    def scale_tensors(self) -> dict[str, Nested | None]:
+        return {"scales": None}
+
     def core_specs(self) -> dict[str, PartSpec]:
         return {
             "qweight": PartSpec((self.out_features, self.in_features), (self.dtype,)),
@@ -61,7 +64,7 @@ class Float8(Layout):
         """Return parts whose scales map the largest magnitude of each group to the format's, with the nearest floats."""
         absmax = self.grid.split(weight.float()).abs().amax(self.grid.member_dims)
         scale = (absmax / torch.finfo(self.dtype).max).clamp_min(1e-12)
-        fitted = {"scales": scale.to(parts["scales"].dtype).reshape(parts["scales"].shape)}
+        fitted = scale_codes("scales", scale, None, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
 
     def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
@@ -72,11 +75,11 @@ class Float8(Layout):
         return refitted if grid == "refit" else better(weight, self, kept, refitted)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
-        scales = rows.cut_scales(self, self.grid, {"scales": None}, parts, start, stop)
+        scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
         return None if scales is None else {"qweight": parts["qweight"][..., start:stop, :], **scales}
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
-        scales = rows.stack_scales(self, self.grid, {"scales": None}, parts, layouts)
+        scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
         if scales is None:
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}

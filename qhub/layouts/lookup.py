@@ -42,6 +42,9 @@ class Lookup(Layout):
         """Return the shape of the scales of one matrix."""
         return self.grid.scale_shape(self.out_features, self.in_features)
 
+    def scale_tensors(self) -> dict[str, Nested | None]:
+        return {"scales": self.scales_nested}
+
     def core_specs(self) -> dict[str, PartSpec]:
         return {
             "qweight": PartSpec((self.out_features, packed_length(self.in_features, self.bits)), (torch.uint8,)),
@@ -86,13 +89,13 @@ class Lookup(Layout):
         return refitted if grid == "refit" else better(weight, self, kept, refitted)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
-        scales = rows.cut_scales(self, self.grid, {"scales": self.scales_nested}, parts, start, stop)
+        scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
         if scales is None:
             return None
         return {"qweight": parts["qweight"][..., start:stop, :], "table": parts["table"], **scales}
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
-        scales = rows.stack_scales(self, self.grid, {"scales": self.scales_nested}, parts, layouts)
+        scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
         if scales is None or any(not torch.equal(p["table"], parts[0]["table"]) for p in parts[1:]):
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), "table": parts[0]["table"], **scales}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qhub.errors import LayoutError
 from qhub.layouts.base import PartSpec
 
 __all__ = ["FLOATS", "Nested", "scale_specs", "scale_values", "scale_codes"]
@@ -27,7 +28,8 @@ class Nested:
 
     ``dtype``: of the codes, by its torch name. ``group``: consecutive scales that share a second-level scale; 0: all of a
     matrix. ``table``: codes index NAME_table (256 float32 entries, sorted). ``offset``: NAME_offset, one float32, is added.
-    ``divide``: the second-level scale divides.
+    ``divide``: the second-level scale divides. ``bits``: written integer codes stay within so many (6 in the K-quants),
+    whatever ``dtype`` could hold.
     """
 
     dtype: str = "uint8"
@@ -35,6 +37,7 @@ class Nested:
     table: bool = False
     offset: bool = False
     divide: bool = False
+    bits: int = 8
 
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         """Return the tensors that stand for scales ``name`` of ``shape``."""
@@ -81,17 +84,36 @@ class Nested:
             limit = torch.finfo(dtype).max
             code = ratio.clamp(-limit, limit)
         else:
-            info = torch.iinfo(dtype)
-            code = ratio.round().clamp(info.min, info.max)
+            code = ratio.round().clamp(*self.code_range)
         return {name: code.to(dtype).reshape(shape), f"{name}_super": stored}
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Return the smallest and largest integer code."""
+        if getattr(torch, self.dtype).is_signed:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    def check_values(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Raise :class:`LayoutError` if the second-level scales cannot be used."""
+        if self.divide and bool((parts[f"{name}_super"] == 0).any()):
+            raise LayoutError(f"tensor '{name}_super' divides the scales and holds 0: the file is damaged")
+
     def _fit(self, flat: Tensor) -> Tensor:
+        """Return second-level scales (..., supers) that bring the largest magnitude of each group to the largest code."""
         group = self.group or flat.shape[-1]
         padded = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % group))
-        absmax = padded.reshape(*flat.shape[:-1], -1, group).abs().amax(-1).clamp_min(1e-30)
+        groups = padded.reshape(*flat.shape[:-1], -1, group)
         dtype = getattr(torch, self.dtype)
-        top = 1.0 if self.table else (torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
-        return top / absmax if self.divide else absmax / top
+        if self.table:
+            top = 1.0
+        else:
+            top = torch.finfo(dtype).max if dtype.is_floating_point else self.code_range[1]
+        extreme = groups.abs().amax(-1).clamp_min(1e-30)
+        if not self.table and not dtype.is_signed:
+            # Codes without a sign leave it to the second level: the minima of Q4_K are stored under -dmin.
+            extreme = torch.where(-groups.amin(-1) > groups.amax(-1), -extreme, extreme)
+        return top / extreme if self.divide else extreme / top
 
     def _spread(self, supers: Tensor, count: int) -> Tensor:
         if not self.group:
@@ -115,4 +137,9 @@ def scale_codes(
     """Return the tensors that hold the refitted scales ``values``."""
     if nested:
         return nested.codes(name, values, parts, refit=True)
-    return {name: values.to(parts[name].dtype).reshape(parts[name].shape)}
+    dtype = parts[name].dtype
+    if dtype.is_floating_point:
+        # A scale beyond float16 saturates; infinity would spoil the whole group.
+        limit = torch.finfo(dtype).max
+        values = values.clamp(-limit, limit)
+    return {name: values.to(dtype).reshape(parts[name].shape)}

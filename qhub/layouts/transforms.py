@@ -68,6 +68,22 @@ class Transform:
             return {self.part: PartSpec((size,), _FLOATS)}
         return {self.part: PartSpec((self.factor, self.factor), _FLOATS, batched=False)}
 
+    def check_values(self, parts: Mapping[str, Tensor]) -> None:
+        """Raise :class:`LayoutError` if the step's tensor is not a permutation, or no orthogonal matrix."""
+        if self.part is None or self.kind == "scale":
+            return
+        part = parts[self.part]
+        if self.kind == "permute":
+            places = torch.arange(part.shape[-1], dtype=part.dtype, device=part.device)
+            if not bool((part.sort(dim=-1).values == places).all()):
+                raise LayoutError(f"tensor {self.part!r} is no permutation of {part.shape[-1]} features: the file is damaged")
+            return
+        matrix = part.double()
+        defect = (matrix @ matrix.T - torch.eye(self.factor, dtype=torch.float64, device=part.device)).abs().max()
+        # Each of a row's q products carries two roundings of entries up to 1 (of the stored dtype).
+        if float(defect) > 2 * self.factor * torch.finfo(part.dtype).eps:
+            raise LayoutError(f"tensor {self.part!r} is not orthogonal: its product with its transpose is off by {float(defect):.1e}")
+
     def apply(self, x: Tensor, parts: Mapping[str, Tensor], inverse: bool = False) -> Tensor:
         """Return the step applied to the last dimension of ``x``; ``inverse`` undoes it."""
         part = parts[self.part] if self.part is not None else None
@@ -78,7 +94,10 @@ class Transform:
             part = part.reshape(*part.shape[:-1], *([1] * (x.ndim - part.ndim)), part.shape[-1])
         if self.kind == "scale":
             scale = part.to(x.dtype)
-            return x / scale if inverse else x * scale
+            if not inverse:
+                return x * scale
+            # A feature scaled by 0 cannot be told from any other: it is left as it is, without a division by 0.
+            return x / torch.where(scale == 0, torch.ones_like(scale), scale)
         index = torch.argsort(part, dim=-1) if inverse else part
         index = index.to(torch.int64)
         if index.ndim == 1:

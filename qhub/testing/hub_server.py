@@ -131,7 +131,12 @@ class HubServer:
         return client_environment(self.endpoint, self._home(cache_dir), token)
 
     @contextmanager
-    def activate(self, *, token: str | None = None, cache_dir: Path | str | None = None) -> Iterator[HubServer]:
+    def activate(
+        self,
+        *,
+        token: str | None = None,
+        cache_dir: Path | str | None = None,
+    ) -> Iterator[HubServer]:
         """Point the client of this process at the server inside a ``with`` block, and restore it after.
 
         The arguments mean what they mean to ``environment``, whose variables are set as well. ``HfApi``
@@ -149,7 +154,8 @@ class HubServer:
     def _home(self, cache_dir: Path | str | None) -> Path:
         if cache_dir is None:
             cache_dir = tempfile.mkdtemp(prefix="home-", dir=self._root)
-        return Path(cache_dir)
+        # Another process may read the variable in another working directory.
+        return Path(cache_dir).absolute()
 
     def _stored(self, path: str, content: bytes) -> StoredFile:
         blobs: Blobs = self.state.store.blobs

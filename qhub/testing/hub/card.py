@@ -10,6 +10,7 @@ import yaml
 __all__ = ["card_data", "card_problems", "card_tags"]
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LIST_KEYS = ("tags", "datasets")
 _TEXT_KEYS = ("library_name", "pipeline_tag", "license", "base_model_relation")
 _MODEL_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 
@@ -30,7 +31,7 @@ def card_problems(text: str) -> tuple[list[str], list[str]]:
         return [error], []
     if not data:
         return [], ["empty or missing yaml metadata in repo card"]
-    lists = [key for key in ("tags", "datasets") if not all(isinstance(i, str) for i in _as_list(data.get(key)))]
+    lists = [key for key in _LIST_KEYS if not all(isinstance(i, str) for i in _as_list(data.get(key)))]
     texts = [key for key in _TEXT_KEYS if not isinstance(data.get(key, ""), str)]
     models = [name for name in _as_list(data.get("base_model")) if not _MODEL_ID.fullmatch(str(name))]
     errors = [

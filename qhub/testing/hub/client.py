@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 __all__ = ["activated", "client_environment"]
@@ -51,7 +52,7 @@ def activated(endpoint: str, home: Path, token: str | None) -> Iterator[None]:
     from huggingface_hub.utils import close_session
 
     environment = client_environment(endpoint, home, token)
-    values = {
+    values: dict[str, Any] = {
         "ENDPOINT": endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HOME": environment["HF_HOME"],
@@ -81,6 +82,6 @@ def activated(endpoint: str, home: Path, token: str | None) -> Iterator[None]:
 
 def _forget_transformers_api() -> None:
     # transformers keeps one HfApi, made at its first use with the endpoint of that moment.
-    hub = sys.modules.get("transformers.utils.hub")
+    hub: Any = sys.modules.get("transformers.utils.hub")
     if hasattr(hub, "_hf_api"):
         hub._hf_api = None

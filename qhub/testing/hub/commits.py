@@ -119,7 +119,9 @@ def _apply(
         path = check_path(str(value.get("path", "")).rstrip("/"))
         if key == "file":
             files[path] = request.state.store.blobs.add_regular(path, _content(request, path, value))
-            if path == "README.md" and (errors := card_problems(files[path].read_bytes().decode())[0]):
+            if path == "README.md" and (
+                errors := card_problems(files[path].read_bytes().decode("utf-8", "replace"))[0]
+            ):
                 raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
         elif key == "lfsFile":
             oid = str(value.get("oid", ""))

@@ -59,7 +59,14 @@ class Faults:
         """Flip the bits of byte ``at`` of ``file`` in the next ``times`` downloads that contain it."""
         self._add(_Rule("corrupt", file, times, number=at))
 
-    def unavailable(self, *, times: int = 1, status: int = 503, method: str | None = None, path: str = "*") -> None:
+    def unavailable(
+        self,
+        *,
+        times: int = 1,
+        status: int = 503,
+        method: str | None = None,
+        path: str = "*",
+    ) -> None:
         """Answer ``status`` to the next ``times`` requests.
 
         ``method=None`` means any method. ``path`` is a pattern for the decoded path of the address, such as

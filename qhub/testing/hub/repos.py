@@ -167,8 +167,8 @@ def create_tag(request: Request, kind: str, repo_id: str, revision: str) -> Repl
 
 
 def no_xet(request: Request, kind: str, repo_id: str) -> Reply:
-    """Refuse Xet tokens, in words that reach the developer who forgot to switch Xet off."""
-    raise HubError(404, "This test server speaks plain LFS only: set HF_HUB_DISABLE_XET=1 for its clients")
+    """Refuse Xet tokens: a client that asks for one was not told to upload with plain LFS."""
+    raise HubError(404, "This test server has no Xet: set HF_HUB_DISABLE_XET=1 for its clients")
 
 
 def check_gate(request: Request, repo: Repo) -> None:

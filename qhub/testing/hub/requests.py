@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.message import Message
@@ -22,6 +23,8 @@ __all__ = ["REPO_API", "ConnectionCutError", "Request", "RequestBody"]
 REPO_API = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+(?:/[^/]+)?)"
 
 _PIECE = 1 << 16
+_TRAILERS = 100
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
 
 class ConnectionCutError(ConnectionError):
@@ -31,10 +34,8 @@ class ConnectionCutError(ConnectionError):
 class RequestBody:
     """Streams a request body, of a stated length or chunked.
 
-    ``cut_after`` is the number of bytes after which to cut the connection; None does not cut it.
-
     The standard library's server leaves both to its user, and httpx sends file objects chunked when it cannot
-    tell their length.
+    tell their length. ``cut_after`` is the number of bytes after which to cut the connection; None does not.
     """
 
     def __init__(self, stream: BufferedIOBase, headers: Message) -> None:
@@ -98,15 +99,16 @@ class RequestBody:
             yield from self._read_exactly(size)
             self._stream.readline(_PIECE)
         # Trailers, of which none matter here, end at an empty line.
-        while self._stream.readline(_PIECE) not in (b"\r\n", b"\n", b""):
-            continue
+        for _ in range(_TRAILERS):
+            if self._stream.readline(_PIECE) in (b"\r\n", b"\n", b""):
+                return
+        raise ConnectionCutError("the client sent too many trailers")
 
     def _chunk_size(self) -> int:
-        line = self._stream.readline(_PIECE)
-        try:
-            return int(line.split(b";")[0], 16)
-        except ValueError as error:
-            raise ConnectionCutError("the client sent a malformed chunk") from error
+        digits = self._stream.readline(_PIECE).split(b";")[0].strip()
+        if not _CHUNK_SIZE.fullmatch(digits):
+            raise ConnectionCutError("the client sent a malformed chunk")
+        return int(digits, 16)
 
 
 @dataclass

@@ -218,7 +218,7 @@ class Blobs:
                     file.write(piece)
             found = digest.hexdigest()
             if received != size or sha256 not in (None, found):
-                raise HubError(400, f"expected {size} bytes with sha256 {sha256}, got {received} with {found}")
+                raise HubError(400, f"expected {size} bytes of sha256 {sha256}, got {received} of {found}")
         except BaseException:
             Path(name).unlink()
             raise
@@ -246,7 +246,8 @@ class Store:
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         repo = Repo(repo_id, repo_type, private)
         first = self.blobs.add_regular(".gitattributes", attributes.encode())
-        repo.commit({first.path: first}, title="initial commit", author="system", parent=None, ref="refs/heads/main")
+        files = {first.path: first}
+        repo.commit(files, title="initial commit", author="system", parent=None, ref="refs/heads/main")
         with self._lock:
             if (repo_type, repo_id) in self._repos:
                 return None

@@ -57,7 +57,7 @@ class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without looking up the host's name, which can take seconds where there is no name server."""
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     def start(self) -> None:
         """Start serving."""
@@ -157,10 +157,10 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         try:
             self._body = body = RequestBody(self.rfile, self.headers)
-            if self.server.storage and method == "PUT":
-                body.cut_after = state.faults.take_upload_cut(body.length)
             if (status := state.faults.take_status(self.command, path)) is not None:
                 raise HubError(status, "A test ordered this answer")
+            if self.server.storage and method == "PUT":
+                body.cut_after = state.faults.take_upload_cut(body.length)
             authorization = self.headers.get("Authorization")
             if not self.server.storage:
                 self._user = state.user_of(authorization)

@@ -1,0 +1,73 @@
+"""Which layer gets which settings: by the layer tags that transformers made up for HQQ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qhub.errors import ConfigError
+from qhub.merging import AdapterPolicy
+from qhub.plan import LayerPlan, Skip, WeightInfo
+from qhub_hqq.settings import Settings, code_shape, settings_of
+
+__all__ = ["layer_tag", "merge_policy", "plan"]
+
+
+def layer_tag(module: str) -> str:
+    """Return the tag of a module: its name without the parts "model", "layers" and the numbers.
+
+    ``model.layers.31.self_attn.k_proj`` is tagged ``self_attn.k_proj``. Source: transformers 5.23,
+    ``integrations/hqq.py``, ``name_to_linear_tag``.
+    """
+    return ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric())
+
+
+def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan | Skip]:
+    """Return the layout of each weight; raises :class:`ConfigError` naming the module that a group size does not fit.
+
+    With one dictionary per layer tag, layers without an entry stay dense, as in transformers
+    (``integrations/hqq.py``, ``prepare_for_hqq_linear``).
+    """
+    settings = settings_of(config)
+    per_layer = None not in settings
+    if per_layer and weights and not any(layer_tag(weight.module) in settings for weight in weights):
+        known = sorted({layer_tag(weight.module) for weight in weights})
+        raise ConfigError(
+            f"none of the layer tags {sorted(map(str, settings))} of this hqq config is in the model, whose tags are {known}: "
+            "write the keys of dynamic_config as these"
+        )
+    skipped = frozenset(config.skip_modules or ())
+    plans: dict[str, LayerPlan | Skip] = {}
+    for weight in weights:
+        tag = layer_tag(weight.module)
+        one = settings.get(tag if per_layer else None)
+        if weight.kind == "embedding":
+            plans[weight.name] = Skip("hqq quantizes linear layers")
+        elif tag in skipped:
+            plans[weight.name] = Skip(f"its tag {tag!r} is in skip_modules")
+        elif one is None:
+            plans[weight.name] = Skip(f"dynamic_config has no entry for its tag {tag!r}")
+        else:
+            plans[weight.name] = _plan_one(weight, one)
+    return plans
+
+
+def _plan_one(weight: WeightInfo, settings: Settings) -> LayerPlan:
+    layout = settings.layout(weight.out_features, weight.in_features, weight.module)
+    # torch refuses to view bytes under a wider dtype where a row is no whole number of elements; 3-bit codes fill int32 words.
+    row_bytes = code_shape(layout)[1] * (4 if settings.nbits == 3 else 1)
+    if settings.view_as_float and math.gcd(row_bytes, weight.dtype.itemsize) != weight.dtype.itemsize:
+        raise ConfigError(
+            f"view_as_float: the rows of the packed codes of {weight.module} are {row_bytes} bytes, which is no whole number of "
+            f"{weight.dtype} elements: choose another group size or axis, or view_as_float=False"
+        )
+    return LayerPlan(layout)
+
+
+def merge_policy() -> AdapterPolicy:
+    """Return how an update is written: whichever of the old grid and a min/max grid is nearer to the new values.
+
+    The half-quadratic solver itself is not run again.
+    """
+    return AdapterPolicy(grid="best")

@@ -1,0 +1,310 @@
+"""The one HfQuantizer that serves every plugin: plans, quantizes on the fly, loads, dequantizes. It knows no method."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+
+from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
+from qhub.integrations.transformers import routing
+from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
+from qhub.integrations.transformers.saving import entries_of_model
+from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
+from qhub.layouts import Layout
+from qhub.merging import AdapterPolicy
+from qhub.plan import LayerPlan, Skip, WeightInfo, matches
+from qhub.registry import registry
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["PluginQuantizer", "quantizer_for"]
+
+logger = logging.getLogger("qhub")
+
+
+@cache
+def quantizer_for(name: str, replaces: bool) -> type[PluginQuantizer]:
+    """Return the quantizer class for the plugin ``name``; ``replaces``: transformers has one of its own for that name."""
+    return type(f"PluginQuantizer_{name}", (PluginQuantizer,), {"method": name, "replaces": replaces})
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
+class PluginQuantizer(HfQuantizer):
+    """Quantizes and loads a model with the plugin :attr:`method`.
+
+    ``plan``: {parameter: LayerPlan} of the model it worked on. ``skipped``: {parameter: reason}.
+    """
+
+    method: str
+    replaces: bool
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.spec = registry.call(self.method, "qhub_config")
+        self.spec.verify(quantization_config)
+        self.plan: dict[str, LayerPlan] = {}
+        self.skipped: dict[str, str] = {}
+        self._headers: dict[str, FileTensor] = {}
+        self._weights: dict[str, WeightInfo] = {}
+        self._model: Any = None
+        self._failure: QhubError | None = None
+        self._policies: dict[Layout, AdapterPolicy] = {}
+        if self.replaces:
+            info = registry.list()[self.method]
+            _say_once(
+                f"{self.method}: served by the plugin {info.distribution} {info.version}; QHUB_NATIVE={self.method} gives it back "
+                "to transformers"
+            )
+
+    # -- what transformers asks --------------------------------------------------------------------------------------
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if device_map is None and self.spec.prefers_accelerator and torch.accelerator.is_available():
+            return {"": torch.accelerator.current_accelerator()}
+        return device_map
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.plan
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        planned = self.plan.get(param_name)
+        if planned is None:
+            return param.element_size()
+        layout = planned.layout
+        size = sum(
+            torch.Size(spec.shape).numel() * spec.dtypes[0].itemsize for spec in layout.part_specs().values() if spec.batched
+        )
+        return size / (layout.out_features * layout.in_features)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        # 5.18 and later ask before casting what they read; entries of a quantized matrix are taken as they are.
+        return None if isinstance(converter, routing.Router) else super().get_new_dtype(converter, param, dtype)
+
+    # -- before loading ----------------------------------------------------------------------------------------------
+
+    def preprocess_model(self, model: Any, dtype: Any = None, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        model.is_quantized = True
+        # Not the bare name: transformers' own `model.to()` imports hqq, refuses dtypes, ... for names that it knows.
+        model.quantization_method = f"qhub/{self.method}"
+        self._model = weakref.proxy(model)
+        self._headers = read_headers(checkpoint_files) if checkpoint_files else {}
+        self._weights = find_weights(model)
+        self._notice_skips(model, device_map)
+        if self.pre_quantized:
+            return
+        if not registry.has(self.method, "qhub_quantize"):
+            raise UnsupportedError(
+                f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is quantized with "
+                f"{self.method} already, or choose another method"
+            )
+        eligible = [info for name, info in self._weights.items() if name not in self.skipped]
+        self.plan = self._ask_plan(eligible)
+        if not self.plan:
+            raise ConfigError(
+                f"nothing in this {type(model).__name__} is left to quantize with {self.method}: {len(self._weights)} weights were "
+                f"found, and skipped for these reasons: {sorted(set(self.skipped.values()))}"
+            )
+        self._check_disk(device_map)
+        put_layers(model, (self._weights[name] for name in self.plan))
+
+    def _notice_skips(self, model: Any, device_map: Any) -> None:
+        config, spec = self.quantization_config, self.spec
+        patterns: dict[str, str] = {}
+        given = getattr(config, spec.skip, None) if spec.skip else None
+        if spec.default_skip and (given is None or spec.always_default_skip):
+            # The output head, tied weights and the last module: transformers' own rule.
+            patterns |= dict.fromkeys(self.get_modules_to_not_convert(model, None), "output head or tied weight")
+        patterns |= dict.fromkeys(given or [], f"listed in {spec.skip}")
+        patterns |= dict.fromkeys(model._keep_in_fp32_modules or [], "the model keeps it in float32")
+        if spec.offload_skip and getattr(config, spec.offload_skip, False) and isinstance(device_map, dict):
+            away = [module for module, place in device_map.items() if place in ("cpu", "disk")]
+            patterns |= dict.fromkeys(away, f"{spec.offload_skip}: device_map puts it on {'/'.join(sorted({str(device_map[a]) for a in away}))}")
+        for name, info in self._weights.items():
+            pattern = matches(info.module, patterns)
+            if pattern is not None:
+                self.skipped[name] = patterns[pattern]
+
+    def _ask_plan(self, weights: list[WeightInfo]) -> dict[str, LayerPlan]:
+        answer = registry.call(self.method, "qhub_plan", config=self.quantization_config, weights=weights)
+        if not isinstance(answer, Mapping):
+            raise ConfigError(f"the plugin {self.method!r} gave no plan: qhub_plan returned {type(answer).__name__}")
+        plan = {}
+        for info in weights:
+            planned = answer.get(info.name)
+            if isinstance(planned, LayerPlan):
+                plan[info.name] = planned
+            else:
+                self.skipped[info.name] = planned.reason if isinstance(planned, Skip) else f"{self.method} planned nothing for it"
+        return plan
+
+    def _check_disk(self, device_map: Any) -> None:
+        if not isinstance(device_map, dict):
+            return
+        away = [module for module, place in device_map.items() if place == "disk"]
+        on_disk = [name for name in self.plan if matches(name, away) or "" in away]
+        if on_disk:
+            raise ConfigError(
+                f"device_map puts {len(on_disk)} quantized weights on the disk ({on_disk[0]}, ...): quantized weights can be offloaded "
+                "to the CPU, not to the disk. Map those modules to 'cpu', or leave them unquantized"
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if not self.pre_quantized or self._model is None or not self._headers:
+            return weight_conversions
+        fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
+        model = self._model
+        routes = routing.find_routes(model, self._weights, self._headers, weight_conversions, fmt)
+        if not routes:
+            eligible = [name for name in self._weights if name not in self.skipped]
+            some = ", ".join(list(self._headers)[:4])
+            raise CheckpointError(
+                f"config.json says that this checkpoint is quantized with {self.method}, but no tensor in it is stored that way: "
+                f"expected {len(eligible)} weights with entries like {sorted(fmt.markers)}, found {some}, ... Is the method's name "
+                "right? No model was loaded"
+            )
+        infos = [source.info for route in routes for source in route.sources]
+        routing.plan_sources(routes, self._ask_plan_of_file(infos), fmt, self.method)
+        for route in routes:
+            plan = route.sources[0].plan
+            assert plan is not None
+            self.plan[route.target.name] = plan
+            self.skipped.pop(route.target.name, None)
+        for name in self._weights:
+            if name not in self.plan:
+                self.skipped.setdefault(name, "stored unquantized in the checkpoint")
+        put_layers(model, (self._weights[name] for name in self.plan))
+        renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+
+        def build(source: routing.Source, entries: dict[str, Tensor], dtype: torch.dtype) -> QuantizedTensor:
+            assert source.plan is not None
+            return routing.build_weight(source, entries, dtype, fmt, self._policy(source.plan.layout))
+
+        # First among the conversions: at most one may match a key.
+        return [routing.Router(routes, renamings, build), *weight_conversions]
+
+    def _ask_plan_of_file(self, infos: list[WeightInfo]) -> Mapping[str, Any]:
+        return registry.call(self.method, "qhub_plan", config=self.quantization_config, weights=infos)
+
+    # -- on the fly --------------------------------------------------------------------------------------------------
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def quantize(self, name: str, weight: Tensor) -> QuantizedTensor:
+        """Return the quantized weight ``name`` for its dense values, as the model holds them.
+
+        Raises :class:`CheckpointError` when they are not finite.
+        """
+        info, planned = self._weights[name], self.plan[name]
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{name} holds NaN or infinity and cannot be quantized: the checkpoint is damaged")
+        if info.kind == "conv1d" or info.transposed:
+            weight = weight.transpose(-1, -2)
+        if info.experts is None:
+            result = self._quantize_matrix(weight, planned)
+        else:
+            result = torch.stack([self._quantize_matrix(one, planned) for one in weight])  # type: ignore[assignment]
+        if not isinstance(result, QuantizedTensor):
+            raise UnsupportedError(f"{name}: the matrices that {self.method} made of its experts cannot be kept in one tensor")
+        return result.transpose(-1, -2) if info.transposed else result  # type: ignore[return-value]
+
+    def _quantize_matrix(self, weight: Tensor, planned: LayerPlan) -> QuantizedTensor:
+        parts = registry.call(
+            self.method,
+            "qhub_quantize",
+            config=self.quantization_config,
+            weight=weight.contiguous(),
+            layout=planned.layout,
+            statistics={},
+        )
+        return QuantizedTensor.build(
+            planned.layout,
+            parts,
+            weight.dtype,
+            compute_dtype=planned.compute_dtype,
+            policy=self._policy(planned.layout),
+        )
+
+    def _policy(self, layout: Layout) -> AdapterPolicy:
+        if layout not in self._policies:
+            answer = registry.call(self.method, "qhub_adapter", config=self.quantization_config, layout=layout)
+            self._policies[layout] = answer or AdapterPolicy()
+        return self._policies[layout]
+
+    # -- after loading -----------------------------------------------------------------------------------------------
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        result = super().postprocess_model(model, **kwargs)
+        self._headers = {}
+        use_plain_experts(model)
+        # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for no
+        # other library (peft/utils/other.py, prepare_model_for_kbit_training).
+        model.hqq_quantized = True
+        logger.info("%s: %d weights quantized, %d left as they are", self.method, len(self.plan), len(self.skipped))
+        for name, reason in self.skipped.items():
+            logger.debug("%s not quantized: %s", name, reason)
+        return result
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
+        return entries_of_model(model, fmt), {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        undo_layers(model, dtype or model.dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        model.hqq_quantized = False
+
+
+class _Quantize(ConversionOps):
+    """Is transformers' hook on a parameter that was just read: returns it quantized."""
+
+    def __init__(self, quantizer: PluginQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Quantize:
+        return self
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, nn.Parameter]:
+        return {name: self._one(name, v[0] if isinstance(v, list) else v) for name, v in input_dict.items()}
+
+    def _one(self, name: str, value: Tensor) -> nn.Parameter:
+        quantizer = self.quantizer
+        if name not in quantizer.plan:
+            return nn.Parameter(value, requires_grad=value.is_floating_point())
+        if quantizer._failure is None:
+            try:
+                return nn.Parameter(quantizer.quantize(name, value), requires_grad=False)
+            except QhubError as error:
+                # An exception here would be noted by transformers and the weight filled with random numbers. The first one
+                # is raised when loading ends; what comes after it takes no memory.
+                message = str(error) if name in str(error) else f"{name}: {error}"
+                quantizer._failure = type(error)(message)
+                quantizer._failure.__cause__ = error
+        return nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), requires_grad=False)

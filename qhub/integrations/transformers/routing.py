@@ -1,0 +1,341 @@
+"""From file entries to quantized weights: matches a checkpoint with a model, and loads it through transformers' own loop.
+
+transformers loads by matching checkpoint keys with conversions. :class:`Router` is one more conversion that knows, for every
+entry of a quantized matrix, which parameter it belongs to; it builds the quantized matrices and runs transformers' own
+operations for the model (merging experts, joining gate and up) on them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import core_model_loading as host
+
+from qhub.errors import CheckpointError, LayoutError, QhubError
+from qhub.formats import Format
+from qhub.integrations.transformers.checkpoint import FileTensor, StoredWeight, check_entries, sort_entries
+from qhub.merging import AdapterPolicy
+from qhub.plan import LayerPlan, WeightInfo
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["Route", "Router", "Source", "find_routes", "report"]
+
+_SHOWN = 6
+
+
+@dataclass
+class Source:
+    """Is one stored matrix on its way into a parameter. ``pattern``: of the host's conversion; None when it goes in as it is."""
+
+    weight: StoredWeight
+    info: WeightInfo
+    pattern: str | None = None
+    plan: LayerPlan | None = None
+
+
+@dataclass
+class Route:
+    """Says how one parameter is made from stored matrices.
+
+    ``stacked``: they are the experts of a fused parameter, saved one by one under its name. ``converter``: the host's
+    conversion that joins them; None when there is none.
+    """
+
+    target: WeightInfo
+    sources: list[Source]
+    stacked: bool = False
+    converter: Any = None
+
+
+def report(title: str, problems: list[str]) -> CheckpointError:
+    """Return one error that names the first problems and counts the rest."""
+    shown = "; ".join(problems[:_SHOWN])
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return CheckpointError(f"{title}: {shown}{more}. No model was loaded")
+
+
+def find_routes(
+    model: Any,
+    weights: Mapping[str, WeightInfo],
+    headers: dict[str, FileTensor],
+    conversions: list[Any],
+    fmt: Format,
+) -> list[Route]:
+    """Match the tensors of a checkpoint with the parameters of ``model``.
+
+    Raises :class:`CheckpointError` for tensors that are missing, surplus, or of the wrong shape or kind. Heads that the
+    checkpoint's own architecture does not have may be missing, as everywhere in transformers.
+    """
+    stored, dense = sort_entries(headers, fmt)
+    names = _Names(model, conversions)
+    routes: dict[str, Route] = {}
+    problems: list[str] = []
+    for prefix in sorted(stored, key=host.dot_natural_key):
+        found = names.of_matrix(prefix, weights)
+        if found is None:
+            if names.must_exist(prefix):
+                problems.append(f"{prefix} is stored quantized, but the model has no such weight to quantize")
+            continue
+        target, pattern, converter, stacked = found
+        info = weights[target]
+        route = routes.setdefault(target, Route(info, [], stacked, converter))
+        rows = info.out_features
+        if converter is not None and any(isinstance(op, host.Concatenate) for op in converter.operations):
+            rows //= len(converter.source_patterns)
+        single = replace(info, name=target if info.experts is None and converter is None else f"{prefix}.weight")
+        single = replace(single, out_features=rows, experts=None, transposed=False)
+        route.sources.append(Source(stored[prefix], single, pattern))
+    for route in routes.values():
+        wanted = _matrices(route)
+        if len(route.sources) != wanted:
+            have = [source.weight.prefix for source in route.sources[:2]]
+            problems.append(f"{route.target.name} is made of {wanted} matrices, found {len(route.sources)} ({', '.join(have)}, ...)")
+    problems += names.compare(set(routes), dense)
+    if problems:
+        raise report("the checkpoint does not fit the model", problems)
+    return list(routes.values())
+
+
+def _matrices(route: Route) -> int:
+    experts = route.target.experts or 1
+    return experts * (len(route.converter.source_patterns) if route.converter is not None else 1)
+
+
+class _Names:
+    """Knows where transformers would put a checkpoint key."""
+
+    def __init__(self, model: Any, conversions: list[Any]) -> None:
+        self.model = model
+        self.renamings = [c for c in conversions if isinstance(c, host.WeightRenaming)]
+        self.converters = [c for c in conversions if isinstance(c, host.WeightConverter)]
+        self.by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
+        self.meta = model.state_dict()
+        architectures = model.config.architectures or []
+        self.same_class = not architectures or type(model).__name__ in architectures
+
+    def of(self, key: str) -> tuple[str, str | None]:
+        """Return the parameter that ``key`` goes to, and the pattern of the conversion on the way (None without one)."""
+        renamed, pattern = host.rename_source_key(
+            key, self.renamings, self.converters, self.model.base_model_prefix, self.meta
+        )
+        if renamed not in self.meta and key in self.meta:
+            return key, None
+        return renamed, pattern
+
+    def of_matrix(self, prefix: str, weights: Mapping[str, WeightInfo]) -> tuple[str, str | None, Any, bool] | None:
+        """Return (parameter, pattern, converter, stacked) for the stored matrix ``prefix``; None when it has no place."""
+        for key in (f"{prefix}.weight", prefix):
+            target, pattern = self.of(key)
+            if target in weights:
+                return target, pattern, self.by_pattern.get(pattern) if pattern else None, False
+        parent, _, last = prefix.rpartition(".")
+        if last.isdigit():
+            target, pattern = self.of(parent)
+            if target in weights and pattern is None and weights[target].experts is not None:
+                return target, None, None, True
+        return None
+
+    def must_exist(self, key: str) -> bool:
+        """Return whether a tensor of the checkpoint must have a place: always, unless the model lacks the file's head."""
+        prefix = self.model.base_model_prefix
+        if self.same_class:
+            return True
+        has_base = hasattr(self.model, prefix) if prefix else False
+        return has_base and key.startswith(f"{prefix}.")
+
+    def compare(self, quantized: set[str], dense: dict[str, FileTensor]) -> list[str]:
+        """Return what is wrong with the tensors that are not quantized."""
+        problems: list[str] = []
+        covered = set(quantized)
+        ignored = _expressions(self.model, "_keys_to_ignore_on_load_unexpected")
+        for key, tensor in dense.items():
+            target, pattern = self.of(key)
+            if target not in self.meta:
+                harmless = any(re.search(e, key) for e in ignored) or key.endswith(("rotary_emb.inv_freq", "position_ids"))
+                if not harmless and self.must_exist(key):
+                    problems.append(f"{key} in {tensor.file.name} has no place in the model")
+                continue
+            covered.add(target)
+            expected = self.meta[target]
+            if pattern is None and tensor.shape != tuple(expected.shape):
+                problems.append(f"{key} in {tensor.file.name} has shape {tensor.shape}, expected {tuple(expected.shape)}")
+            elif tensor.dtype is None or tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
+                problems.append(f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales are missing)")
+        return problems + [f"{name} is missing" for name in self._missing(covered)]
+
+    def _missing(self, covered: set[str]) -> list[str]:
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        excused = _expressions(self.model, "_keys_to_ignore_on_load_missing")
+        prefix = self.model.base_model_prefix
+        missing = []
+        for name in self.meta:
+            partners = {tied.get(name, name), *(key for key, value in tied.items() if value == name)}
+            if name in covered or partners & covered or any(re.search(e, name) for e in excused):
+                continue
+            in_base = not prefix or not hasattr(self.model, prefix) or name.startswith(f"{prefix}.")
+            if self.same_class or in_base:
+                missing.append(name)
+        return missing
+
+
+def _expressions(model: Any, attribute: str) -> list[str]:
+    return list(getattr(model, attribute, None) or [])
+
+
+class Router(host.WeightConverter):
+    """Is the conversion that builds quantized parameters from their stored entries.
+
+    One instance knows all routes; transformers copies it once per parameter, so a copy shares the tables and holds only the
+    tensors collected for its parameter.
+    """
+
+    def __init__(self, routes: list[Route], renamings: list[Any], build: Any) -> None:
+        # The base class compiles its patterns to one expression; exact lookups need none, so it is not initialised.
+        self._adopt(routes, {}, build)
+        for route in routes:
+            for source in route.sources:
+                for tensor in source.weight.entries.values():
+                    key = tensor.key
+                    for renaming in renamings:
+                        key, _ = renaming.rename_source_key(key)
+                    self.table[key] = (route.target.name, tensor.key)
+        object.__setattr__(self, "source_patterns", [tensor_key for _, tensor_key in self.table.values()])
+
+    def _adopt(self, routes: list[Route], table: dict[str, tuple[str, str]], build: Any) -> None:
+        slots: dict[str, Any] = {
+            "source_patterns": [],
+            "target_patterns": [""],
+            "compiled_sources": None,
+            "distributed_operation": None,
+            "quantization_operation": None,
+            "collected_tensors": defaultdict(list),
+            "layer_targets": defaultdict(set),
+            "_original_source_patterns": [],
+            "_original_target_patterns": [],
+            "_was_used": False,
+            "scope_prefix": None,
+            "base_model_prefix": None,
+            "operations": [host._IdentityOp()],
+            "force_cpu": False,
+        }
+        for name, value in slots.items():
+            object.__setattr__(self, name, value)
+        self.routes = {route.target.name: route for route in routes} if isinstance(routes, list) else routes
+        self.table = table
+        self.build = build
+
+    def __deepcopy__(self, memo: Any) -> Router:
+        copy = object.__new__(Router)
+        copy._adopt(self.routes, self.table, self.build)  # type: ignore[arg-type]
+        return copy
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return self.table.get(source_key, (source_key, None))
+
+    def was_used(self) -> bool:
+        # False: saving reverses conversions that were used, and quantized weights have a way of their own.
+        return False
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        tensor = next(t for s in self.routes[target_key].sources for t in s.weight.entries.values() if t.key == source_key)
+        if source_key == target_key and tensor.dtype is not None and tensor.dtype.is_floating_point:
+            # transformers 5.17 casts a float tensor whose key is a parameter's own name to that parameter's dtype; here it
+            # may hold packed bytes, so it is read again as it is.
+            if isinstance(future, Future):
+                future.cancel()
+            future = _read_later(tensor)
+        super().add_tensor(target_key, source_key, source_pattern, future)
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> dict[str, nn.Parameter]:
+        # Raised errors end the loading: transformers would note them, fill in random weights and go on.
+        collected = {key: tensors[0] for key, tensors in self._materialized().items()}
+        route = self.routes[layer_name]
+        dtype = model.get_parameter_or_buffer(layer_name).dtype
+        devices = {tensor.device for tensor in collected.values()}
+        matrices: dict[str | None, list[Any]] = defaultdict(list)
+        for source in route.sources:
+            entries = {name: collected[t.key] for name, t in source.weight.entries.items()}
+            if len(devices) > 1:
+                entries = {name: entry.to(next(iter(devices))) for name, entry in entries.items()}
+            matrices[source.pattern].append(self.build(source, entries, dtype))
+        value = self._join(route, matrices, layer_name, model, config)
+        return {layer_name: nn.Parameter(value, requires_grad=False)}
+
+    def _materialized(self) -> dict[str, list[Tensor]]:
+        for key, tensors in self.collected_tensors.items():
+            self.collected_tensors[key] = [t.result() if isinstance(t, Future) else t() if callable(t) else t for t in tensors]
+        result = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return result
+
+    def _join(self, route: Route, matrices: dict[str | None, list[Any]], name: str, model: Any, config: Any) -> Any:
+        if route.converter is None:
+            (column,) = matrices.values()
+            value = torch.stack(column) if route.target.experts is not None else column[0]
+            return value.transpose(-1, -2) if route.target.transposed else value
+        steps: Any = {pattern: matrices[pattern] for pattern in route.converter.source_patterns}
+        for operation in route.converter.operations:
+            steps = operation.convert(
+                steps,
+                source_patterns=route.converter.source_patterns,
+                target_patterns=route.converter.target_patterns,
+                full_layer_name=name,
+                model=model,
+                config=config,
+                missing_keys=None,
+            )
+        (value,) = steps.values()
+        return value[0] if isinstance(value, list) else value
+
+
+def _read_later(tensor: FileTensor) -> Any:
+    def read() -> Tensor:
+        with safe_open(tensor.file, framework="pt") as opened:
+            return opened.get_tensor(tensor.key)
+
+    return read
+
+
+def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, method: str) -> None:
+    """Attach the plugin's ``plan`` to every source and check the file's headers against it.
+
+    Raises :class:`CheckpointError` naming tensors that are missing, surplus, or of another shape or dtype.
+    """
+    problems: list[str] = []
+    for route in routes:
+        for source in route.sources:
+            planned = plan.get(source.info.name)
+            if not isinstance(planned, LayerPlan):
+                reason = getattr(planned, "reason", "its config plans no layout for it")
+                problems.append(f"{source.weight.prefix} is stored quantized, but {method} leaves it alone: {reason}")
+                continue
+            source.plan = planned
+            problems += check_entries(source.weight, dict(fmt.entries(planned.layout)), method)
+    if problems:
+        raise report(f"the checkpoint is not the {method} checkpoint that its config describes", problems)
+
+
+def build_weight(source: Source, entries: dict[str, Tensor], dtype: torch.dtype, fmt: Format, policy: AdapterPolicy | None) -> QuantizedTensor:
+    """Return the quantized matrix that the file ``entries`` of ``source`` hold.
+
+    Raises :class:`CheckpointError` naming the weight and its file when values are impossible.
+    """
+    assert source.plan is not None
+    try:
+        layout, parts = fmt.unpack(source.plan.layout, entries)
+        weight = QuantizedTensor.build(layout, parts, dtype, compute_dtype=source.plan.compute_dtype, policy=policy)
+        layout.check_values(weight.parts)
+    except (LayoutError, QhubError) as error:
+        file = next(iter(source.weight.entries.values())).file
+        raise CheckpointError(f"{source.weight.prefix} in {file}: {error}. No model was loaded") from error
+    return weight

@@ -1,0 +1,141 @@
+"""From quantized weights to file entries, and a save that leaves the previous files whole whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import core_model_loading as host
+
+from qhub.errors import CheckpointError
+from qhub.formats import Format
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["entries_of_model", "publish", "save_quantized"]
+
+logger = logging.getLogger("qhub")
+
+_WEIGHT_FILES = re.compile(r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> dict[str, Tensor]:
+    """Return every tensor to write for ``model``: quantized weights as ``fmt`` lays them out, the rest as they are.
+
+    ``original_names``: undo transformers' renamings and merges, so that fused experts are written one by one, as published
+    checkpoints have them. An expert that cannot be cut out exactly is written under the fused parameter's own name.
+    """
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    own = {name for name, _ in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    quantized: dict[str, QuantizedTensor] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, QuantizedTensor):
+            if name in own:
+                quantized[name] = value if value.device.type != "meta" else _offloaded(model, name)
+        else:
+            state[name] = value
+    state = remove_tied_weights_from_state_dict(state, model)
+    result = host.revert_weight_conversion(model, state) if original_names else state
+    for name, weight in quantized.items():
+        for prefix, matrix in _matrices(model, name, weight, original_names).items():
+            if matrix.transposed:
+                matrix = matrix.t()  # noqa: PLW2901 - the same matrix, seen as (out, in)
+            for local, entry in fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype).items():
+                result[f"{prefix}.{local}"] = entry
+    return result
+
+
+def _offloaded(model: Any, name: str) -> QuantizedTensor:
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)  # type: ignore[return-value]
+
+
+def _matrices(model: Any, name: str, weight: QuantizedTensor, original_names: bool) -> dict[str, QuantizedTensor]:
+    """Return the 2-D matrices of ``weight`` by the prefix they are written under."""
+    if original_names:
+        reverted = host.revert_weight_conversion(model, {name: weight})
+        if all(isinstance(value, QuantizedTensor) and value.ndim == 2 for value in reverted.values()):
+            return {key.removesuffix(".weight"): value for key, value in reverted.items()}  # type: ignore[misc]
+    if weight.ndim == 2:
+        return {name.removesuffix(".weight"): weight}
+    return {f"{name}.{index}": weight[index] for index in range(weight.shape[0])}  # type: ignore[misc]
+
+
+def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save like transformers' own ``save_pretrained`` (``original``), but beside the target, and put the files in place at the end.
+
+    A full disk, an exception or a kill before that leaves the previous files as they were. Also writes a model card unless
+    the folder has one.
+    """
+    target = Path(save_directory)
+    if target.is_file():
+        raise CheckpointError(f"cannot save to {target}: it is a file, not a folder")
+    if not kwargs.get("is_main_process", args[0] if args else True):
+        return original(model, save_directory, *args, **kwargs)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
+    # The entries are in their original names already when transformers gets them.
+    kwargs["save_original_format"] = False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
+    try:
+        from qhub.integrations.hub import write_card
+
+        if (target / "README.md").exists():
+            shutil.copy2(target / "README.md", staging / "README.md")
+        else:
+            write_card(model, staging)
+        result = original(model, staging, *args, **kwargs)
+        publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return result
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Move the files of ``staging`` into ``target``, each replaced in one step, weights before the configs that describe them.
+
+    Weight files of an earlier save that the new one does not have are removed at the end.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.suffix != ".safetensors", f.name))
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    for file in files:
+        place = target / file.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(0o644)
+        os.replace(file, place)
+    kept = {file.name for file in files}
+    for old in target.iterdir():
+        if old.is_file() and old.name not in kept and _WEIGHT_FILES.fullmatch(old.name):
+            logger.info("removing %s: the new checkpoint does not have it", old)
+            old.unlink()
+
+
+def bits_per_weight(model: Any) -> tuple[float, int, int]:
+    """Return (bits per weight of the quantized weights, their number, bytes of all parameters)."""
+    packed = count = total = 0
+    for parameter in model.parameters():
+        if isinstance(parameter, QuantizedTensor):
+            packed += parameter.nbytes
+            count += parameter.numel()
+            total += parameter.nbytes
+        else:
+            total += parameter.numel() * parameter.element_size()
+    return (8 * packed / count if count else 0.0), count, total
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
