@@ -61,7 +61,7 @@ def _numbers(w: Tensor, settings: Settings, largest: int) -> tuple[Tensor, Tenso
     """Return codes of w's shape, scales and zeros, all float32, for ``w`` as the matrix whose rows or columns are groups."""
     axis = settings.axis
     if settings.channel_wise:
-        low, high = w.amin(axis, keepdim=True), w.amax(axis, keepdim=True)
+        low, high = w.min(axis, keepdim=True).values, w.max(axis, keepdim=True).values
     else:
         low, high = w.min(), w.max()
     width = high - low
