@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from qhub.errors import QhubError
     from qhub.kernels import explain
     from qhub.modules import QuantLinear
-    from qhub.registry import Registry, registry
+    from qhub.registry import Registry
+    from qhub.registry import registry as plugins
     from qhub.tensor import QuantizedTensor
 
 __version__ = "0.1.0"
@@ -32,26 +33,27 @@ __all__ = [
     "Registry",
     "explain",
     "hookimpl",
-    "registry",
+    "plugins",
 ]
 
+# Where each public name lives: "module:name". A name never equals that of a submodule of this package, whose import would
+# replace it.
 _HOMES = {
-    "ConfigSpec": "qhub.config",
-    "MethodConfig": "qhub.config",
-    "QhubError": "qhub.errors",
-    "QuantLinear": "qhub.modules",
-    "QuantizedTensor": "qhub.tensor",
-    "Registry": "qhub.registry",
-    "explain": "qhub.kernels",
-    "registry": "qhub.registry",
+    "ConfigSpec": "qhub.config:ConfigSpec",
+    "MethodConfig": "qhub.config:MethodConfig",
+    "QhubError": "qhub.errors:QhubError",
+    "QuantLinear": "qhub.modules:QuantLinear",
+    "QuantizedTensor": "qhub.tensor:QuantizedTensor",
+    "Registry": "qhub.registry:Registry",
+    "explain": "qhub.kernels.explanation:explain",
+    "plugins": "qhub.registry:registry",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        module = importlib.import_module(_HOMES[name])
-        # A submodule of the same name (qhub.registry) would otherwise shadow the public object after its import.
-        value = getattr(module, name)
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(importlib.import_module(module), attribute)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'qhub' has no attribute {name!r}")

@@ -17,6 +17,7 @@ __all__ = ["arm"]
 # modeling_utils finishes after quantizers.auto; it is the second chance when torch itself is imported from within
 # quantizers.auto, whose table is then not there yet.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
+_CONFIGS = "transformers.utils.quantization_config"
 
 
 def arm() -> None:
@@ -28,6 +29,7 @@ def arm() -> None:
 
         for target in _TARGETS:
             wrapt.register_post_import_hook(_join, target)
+        wrapt.register_post_import_hook(_prepare, _CONFIGS)
     except Exception as error:
         # torch turns an exception here into a failed `import torch` for the whole process.
         warnings.warn(f"qhub could not arm its import hook, so its methods are not registered: {error!r}", stacklevel=2)
@@ -43,3 +45,12 @@ def _join(module: ModuleType) -> None:
         install()
     except Exception as error:
         warnings.warn(f"qhub could not join transformers, so its methods are not registered: {error!r}", stacklevel=2)
+
+
+def _prepare(module: ModuleType) -> None:
+    try:
+        from qhub.integrations.config_classes import prepare
+
+        prepare(module)
+    except Exception as error:
+        warnings.warn(f"qhub could not prepare transformers' config classes: {error!r}", stacklevel=2)

@@ -55,12 +55,9 @@ class ConfigSpec:
 
     def known_keys(self) -> frozenset[str] | None:
         """Return every key that a ``config.json`` of this method may hold; None when the class takes any key."""
-        cls = self.resolve()
-        if dataclasses.is_dataclass(cls):
-            own = {f.name for f in dataclasses.fields(cls)}
-        else:
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        # transformers' classes are dataclasses in name only: their fields are not what their own __init__ takes.
+        parameters = inspect.signature(self.resolve().__init__).parameters.values()
+        own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
         return frozenset(own) | self.keys | {"quant_method"}
 
     def parse(self, values: dict[str, Any]) -> Any:

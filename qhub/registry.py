@@ -104,7 +104,9 @@ class Registry:
         """
         with self._lock:
             if (group, name) in self._loaded:
-                raise PluginError(f"a plugin named {name!r} is already registered: choose another name or unregister it")
+                raise PluginError(
+                    f"a plugin named {name!r} is already registered: choose another name or unregister it"
+                )
             instance = plugin() if isinstance(plugin, type) else plugin
             try:
                 self._manager.register(instance, name=f"{group}:{name}")
@@ -177,7 +179,9 @@ class Registry:
         except Exception as error:
             raise PluginError(f"{hook} of the plugin {name!r} failed: {type(error).__name__}: {error}") from error
 
-    def broadcast(self, hook: str, groups: Sequence[str] = (METHOD_GROUP, KERNEL_GROUP), **arguments: Any) -> Iterator[tuple[str, Any]]:
+    def broadcast(
+        self, hook: str, groups: Sequence[str] = (METHOD_GROUP, KERNEL_GROUP), **arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
         """Call ``hook`` of every plugin in turn and yield (plugin name, answer) for those that answer.
 
         A plugin that cannot be loaded or raises is recorded in :attr:`failures`, named in a warning and left out.
@@ -199,8 +203,10 @@ class Registry:
 
     def _record(self, name: str, hook: str, error: Exception) -> None:
         known = isinstance(error, PluginError) and name in self.failures
-        failure = error if isinstance(error, PluginError) else PluginError(
-            f"{hook} of the plugin {name!r} failed: {type(error).__name__}: {error}"
+        failure = (
+            error
+            if isinstance(error, PluginError)
+            else PluginError(f"{hook} of the plugin {name!r} failed: {type(error).__name__}: {error}")
         )
         self.failures.setdefault(name, failure)
         if not known:

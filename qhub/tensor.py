@@ -145,7 +145,9 @@ class QuantizedTensor(torch.Tensor):
         with torch.no_grad():
             dense = dense.detach().to(self.device, torch.float32)
             if dense.device.type != "meta" and not bool(torch.isfinite(dense).all()):
-                raise UnsupportedError("the values to write into a quantized weight hold NaN or infinity: nothing was written")
+                raise UnsupportedError(
+                    "the values to write into a quantized weight hold NaN or infinity: nothing was written"
+                )
             if self.transposed:
                 dense = dense.transpose(-1, -2)
             written = self.quant_layout.requantize(dense, self.parts, self.policy.grid)
@@ -186,7 +188,15 @@ class QuantizedTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         extra = {"_is_param": True} if getattr(self, "_is_param", False) else {}
-        arguments = (self.quant_layout, dict(self.parts), self.dtype, self.compute_dtype, self.policy, self.transposed, extra)
+        arguments = (
+            self.quant_layout,
+            dict(self.parts),
+            self.dtype,
+            self.compute_dtype,
+            self.policy,
+            self.transposed,
+            extra,
+        )
         return _rebuild, arguments
 
     @classmethod
@@ -318,7 +328,9 @@ def _clone(self: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTens
     return self._like({name: part.clone() for name, part in self.parts.items()})
 
 
-def _to_copy(self: QuantizedTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Any:
+def _to_copy(
+    self: QuantizedTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     parts = {name: part.to(device=device, non_blocking=non_blocking, copy=True) for name, part in self.parts.items()}
@@ -382,10 +394,18 @@ def _unbind(self: QuantizedTensor, dim: int = 0) -> Any:
     return [_select(self, dim, index) for index in range(self.shape[dim])]
 
 
-def _squeeze(self: QuantizedTensor, dim: int) -> Any:
-    if not _batch_index(self, dim) or self.shape[dim] != 1:
+def _squeeze(self: QuantizedTensor, dim: Any = None) -> Any:
+    if isinstance(dim, (list, tuple)):
+        dims = [d % self.ndim for d in dim]
+    else:
+        dims = list(range(self.ndim)) if dim is None else [dim % self.ndim]
+    dims = [d for d in dims if self.shape[d] == 1]
+    if any(not _batch_index(self, d) for d in dims):
         return NotImplemented
-    return _select(self, dim, 0)
+    result = self
+    for d in sorted(dims, reverse=True):
+        result = _select(result, d, 0)
+    return _alias(result)
 
 
 def _index(self: QuantizedTensor, indices: Any) -> Any:
@@ -398,7 +418,10 @@ def _stack(tensors: list[Any], dim: int = 0) -> Any:
     first = tensors[0]
     if not all(isinstance(t, QuantizedTensor) for t in tensors) or dim != 0:
         return NotImplemented
-    if any(t.quant_layout != first.quant_layout or t.shape != first.shape or t.transposed != first.transposed for t in tensors):
+    if any(
+        t.quant_layout != first.quant_layout or t.shape != first.shape or t.transposed != first.transposed
+        for t in tensors
+    ):
         return NotImplemented
     parts = {}
     for name, spec in first.quant_layout.part_specs().items():
@@ -465,7 +488,9 @@ _OPERATORS: dict[Any, Callable] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
+    aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.index.Tensor: _index,
     aten.stack.default: _stack,
     aten.cat.default: _cat,

@@ -1,10 +1,10 @@
 """Kernels: what they declare, how one is chosen, and the product that every quantized layer runs.
 
-    spec.py       what a kernel says of itself (data)
-    reference.py  dequantize and multiply, without constraints
-    dispatch.py   filter, admit, choose; reasons kept
-    linear.py     eager call, autograd, compiled operator
-    explain.py    the choices of a whole model, for people
+spec.py       what a kernel says of itself (data)
+reference.py  dequantize and multiply, without constraints
+dispatch.py   filter, admit, choose; reasons kept
+linear.py     eager call, autograd, compiled operator
+explain.py    the choices of a whole model, for people
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qhub.kernels.spec import KernelSpec, Problem
 
 if TYPE_CHECKING:
-    from qhub.kernels.explain import explain
+    from qhub.kernels.explanation import explain
 
 __all__ = ["KernelSpec", "Problem", "explain"]
 
@@ -23,7 +23,7 @@ __all__ = ["KernelSpec", "Problem", "explain"]
 def __getattr__(name: str) -> Any:
     # Declaring a kernel must not import torch: the rest waits until it is asked for.
     if name == "explain":
-        value = importlib.import_module("qhub.kernels.explain").explain
+        value = importlib.import_module("qhub.kernels.explanation").explain
         globals()[name] = value
         return value
     raise AttributeError(f"module 'qhub.kernels' has no attribute {name!r}")

@@ -21,7 +21,7 @@ from qhub.kernels.spec import KernelSpec, Problem
 from qhub.layouts import Layout, Parts
 from qhub.registry import registry
 
-__all__ = ["Choice", "REFERENCE", "choose", "forget", "kernels", "resolve"]
+__all__ = ["REFERENCE", "Choice", "choose", "forget", "kernels", "resolve"]
 
 REFERENCE = "reference"
 
@@ -76,7 +76,10 @@ def kernels() -> dict[str, KernelSpec]:
             for plugin, specs in registry.broadcast("qhub_kernels"):
                 for spec in specs:
                     if spec.name in offered or spec.name == REFERENCE:
-                        warnings.warn(f"the plugin {plugin!r} offers a kernel named {spec.name!r}, a name that is taken: left out", stacklevel=2)
+                        warnings.warn(
+                            f"the plugin {plugin!r} offers a kernel named {spec.name!r}, a name that is taken: left out",
+                            stacklevel=2,
+                        )
                         continue
                     offered[spec.name] = spec
             _offered = offered

@@ -15,6 +15,7 @@ from qhub.layouts.keys import layout_key, layout_of
 
 __all__ = ["linear", "linear_parts"]
 
+
 def linear_parts(
     x: Tensor,
     layout: Layout,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
+from qhub.layouts import rows
 from qhub.layouts.transforms import Transform, transform_weight
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Layout(ABC):
         if any(transform.side == "out" for transform in self.transforms):
             return None
         shared = [name for t in self.transforms for name in t.part_specs(self)]
-        if any(not torch.equal(other[name], parts[0][name]) for other in parts[1:] for name in shared):
+        if not all(rows.identical([one[name] for one in parts]) for name in shared):
             return None
         stacked = self.stacked_rows(parts, layouts)
         return None if stacked is None else (merged, {**stacked, **{name: parts[0][name] for name in shared}})

@@ -20,7 +20,8 @@ __all__ = ["Codebook"]
 
 # How many distances are held at once while searching the nearest vectors: 4 M float32 = 16 MB, near to a cache's size.
 _SEARCH_ELEMENTS = 1 << 22
-# How often every codebook is searched again: on random 2 x 8-bit codebooks a third sweep gains under 1 %.
+# How often every codebook is searched again: on Gaussian weights under random codebooks (2x8, 3x6 and 4x8 bits) a
+# third sweep takes under 0.1 % off the squared error..
 _SWEEPS = 2
 
 
@@ -197,7 +198,7 @@ class Codebook(Layout):
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
-        if scales is None or any(not torch.equal(p["codebooks"], parts[0]["codebooks"]) for p in parts[1:]):
+        if scales is None or not rows.identical([p["codebooks"] for p in parts]):
             return None
         result = {"codes": torch.cat([p["codes"] for p in parts], dim=-3), "codebooks": parts[0]["codebooks"], **scales}
         return {**result, "signs": torch.cat([p["signs"] for p in parts], dim=-2)} if self.signs else result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "covering"]
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,17 @@ class Grid:
         flat = split.reshape(*batch, a * b)[..., : out_features * in_features]
         return flat.reshape(*batch, out_features, in_features)
 
-    def row_slice(self, start: int, stop: int, out_features: int, in_features: int) -> tuple[slice, int] | None:
+    def row_slice(self, start: int, stop: int, in_features: int) -> tuple[slice, int] | None:
         """Return which scales rows [start, stop) own, as a slice of one scale axis counted from the end.
 
-        None when some group lies partly outside those rows, so that no exact slice exists.
+        None when the slice's own groups would not be those of the whole, so that no exact slice exists.
         """
         if self.kind == "block":
-            if start % self.rows or (stop % self.rows and stop != out_features):
-                return None
-            return slice(start // self.rows, -(-stop // self.rows)), -2
+            window = covering(start, stop, self.rows)
+            return None if window is None else (window, -2)
         if self.kind == "flat":
-            begin, end = start * in_features, stop * in_features
-            if begin % self.cols or (end % self.cols and stop != out_features):
-                return None
-            return slice(begin // self.cols, -(-end // self.cols)), -1
+            window = covering(start * in_features, stop * in_features, self.cols)
+            return None if window is None else (window, -1)
         return None
 
     def fits(self, out_features: int, in_features: int) -> bool:
@@ -112,3 +109,13 @@ class Grid:
         if self.kind == "block":
             return out_features % self.rows == 0 and in_features % self.cols == 0
         return math.prod((out_features, in_features)) % self.cols == 0
+
+
+def covering(start: int, stop: int, size: int) -> slice | None:
+    """Return the groups of ``size`` that members [start, stop) belong to; None unless counting from ``start`` gives the same.
+
+    Counted anew, the members fall into the same groups when ``start`` begins one or all lie in one. A torn end does no harm.
+    """
+    if start % size and start // size != (stop - 1) // size:
+        return None
+    return slice(start // size, -(-stop // size))

@@ -96,7 +96,7 @@ class Lookup(Layout):
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
-        if scales is None or any(not torch.equal(p["table"], parts[0]["table"]) for p in parts[1:]):
+        if scales is None or not rows.identical([p["table"] for p in parts]):
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), "table": parts[0]["table"], **scales}
 

@@ -10,29 +10,37 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from qhub.layouts.grid import Grid
+from qhub.layouts.grid import Grid, covering
 from qhub.layouts.nested import Nested
 
 if TYPE_CHECKING:
     from qhub.layouts.base import Layout, Parts
 
-__all__ = ["cut_scales", "resize", "stack_scales"]
+__all__ = ["cut_scales", "identical", "resize", "stack_scales"]
 
 L = TypeVar("L", bound="Layout")
 
 
 def resize(layout: L, grid: Grid, out_features: int) -> L:
-    """Return ``layout`` for ``out_features`` rows; a block that spans all rows follows their number."""
-    if grid.kind == "block" and grid.rows == layout.out_features and grid.rows > 1:
+    """Return ``layout`` for ``out_features`` rows; a block that is higher than the matrix is cut to its height."""
+    if grid.kind == "block" and grid.rows > out_features:
         grid = dataclasses.replace(grid, rows=out_features)
     return dataclasses.replace(layout, out_features=out_features, grid=grid)  # type: ignore[call-arg]
+
+
+def identical(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all ``tensors`` are known to hold the same; on the meta device only one and the same tensor is."""
+    first = tensors[0]
+    if first.device.type == "meta":
+        return all(other is first for other in tensors[1:])
+    return all(torch.equal(other, first) for other in tensors[1:])
 
 
 def cut_scales(
     layout: Layout, grid: Grid, names: Mapping[str, Nested | None], parts: Parts, start: int, stop: int
 ) -> dict[str, Tensor] | None:
     """Return the scale tensors of rows [start, stop); None when a group or a second-level group would be torn."""
-    cut = grid.row_slice(start, stop, layout.out_features, layout.in_features)
+    cut = grid.row_slice(start, stop, layout.in_features)
     if cut is None:
         return None
     window, axis = cut
@@ -44,11 +52,11 @@ def cut_scales(
         if nested is None:
             continue
         per_step = math.prod(shape[len(shape) + axis + 1 :])
-        begin, end = window.start * per_step, window.stop * per_step
         if nested.group:
-            if begin % nested.group or (end % nested.group and end != math.prod(shape)):
+            supers = covering(window.start * per_step, window.stop * per_step, nested.group)
+            if supers is None:
                 return None
-            result[f"{name}_super"] = parts[f"{name}_super"][..., begin // nested.group : -(-end // nested.group)]
+            result[f"{name}_super"] = parts[f"{name}_super"][..., supers]
         else:
             result[f"{name}_super"] = parts[f"{name}_super"]
         for companion in ("table", "offset"):
@@ -61,8 +69,7 @@ def stack_scales(
     layout: Layout, grid: Grid, names: Mapping[str, Nested | None], parts: Sequence[Parts], layouts: Sequence[Layout]
 ) -> dict[str, Tensor] | None:
     """Return the scale tensors of several matrices on top of each other; None when that is not exact."""
-    spans_all_rows = grid.kind == "block" and grid.rows > 1 and grid.rows == layout.out_features
-    if grid.kind == "strided" or (spans_all_rows and len(parts) > 1):
+    if grid.kind == "strided":
         return None
     edge = grid.rows if grid.kind == "block" else grid.cols
     for one in layouts[:-1]:
@@ -84,7 +91,7 @@ def stack_scales(
         else:
             result[f"{name}_super"] = torch.cat([p[f"{name}_super"] for p in parts], dim=-1)
         for companion in fixed:
-            if any(not torch.equal(p[companion], parts[0][companion]) for p in parts[1:]):
+            if not identical([p[companion] for p in parts]):
                 return None
             result[companion] = parts[0][companion]
     return result

@@ -94,7 +94,9 @@ class PluginQuantizer(HfQuantizer):
             return param.element_size()
         layout = planned.layout
         size = sum(
-            torch.Size(spec.shape).numel() * spec.dtypes[0].itemsize for spec in layout.part_specs().values() if spec.batched
+            torch.Size(spec.shape).numel() * spec.dtypes[0].itemsize
+            for spec in layout.part_specs().values()
+            if spec.batched
         )
         return size / (layout.out_features * layout.in_features)
 
@@ -104,7 +106,9 @@ class PluginQuantizer(HfQuantizer):
 
     # -- before loading ----------------------------------------------------------------------------------------------
 
-    def preprocess_model(self, model: Any, dtype: Any = None, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def preprocess_model(
+        self, model: Any, dtype: Any = None, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
         model.is_quantized = True
         # Not the bare name: transformers' own `model.to()` imports hqq, refuses dtypes, ... for names that it knows.
         model.quantization_method = f"qhub/{self.method}"
@@ -140,7 +144,10 @@ class PluginQuantizer(HfQuantizer):
         patterns |= dict.fromkeys(model._keep_in_fp32_modules or [], "the model keeps it in float32")
         if spec.offload_skip and getattr(config, spec.offload_skip, False) and isinstance(device_map, dict):
             away = [module for module, place in device_map.items() if place in ("cpu", "disk")]
-            patterns |= dict.fromkeys(away, f"{spec.offload_skip}: device_map puts it on {'/'.join(sorted({str(device_map[a]) for a in away}))}")
+            patterns |= dict.fromkeys(
+                away,
+                f"{spec.offload_skip}: device_map puts it on {'/'.join(sorted({str(device_map[a]) for a in away}))}",
+            )
         for name, info in self._weights.items():
             pattern = matches(info.module, patterns)
             if pattern is not None:
@@ -156,7 +163,9 @@ class PluginQuantizer(HfQuantizer):
             if isinstance(planned, LayerPlan):
                 plan[info.name] = planned
             else:
-                self.skipped[info.name] = planned.reason if isinstance(planned, Skip) else f"{self.method} planned nothing for it"
+                self.skipped[info.name] = (
+                    planned.reason if isinstance(planned, Skip) else f"{self.method} planned nothing for it"
+                )
         return plan
 
     def _check_disk(self, device_map: Any) -> None:
@@ -227,7 +236,9 @@ class PluginQuantizer(HfQuantizer):
         else:
             result = torch.stack([self._quantize_matrix(one, planned) for one in weight])  # type: ignore[assignment]
         if not isinstance(result, QuantizedTensor):
-            raise UnsupportedError(f"{name}: the matrices that {self.method} made of its experts cannot be kept in one tensor")
+            raise UnsupportedError(
+                f"{name}: the matrices that {self.method} made of its experts cannot be kept in one tensor"
+            )
         return result.transpose(-1, -2) if info.transposed else result  # type: ignore[return-value]
 
     def _quantize_matrix(self, weight: Tensor, planned: LayerPlan) -> QuantizedTensor:

@@ -97,7 +97,9 @@ def find_routes(
         wanted = _matrices(route)
         if len(route.sources) != wanted:
             have = [source.weight.prefix for source in route.sources[:2]]
-            problems.append(f"{route.target.name} is made of {wanted} matrices, found {len(route.sources)} ({', '.join(have)}, ...)")
+            problems.append(
+                f"{route.target.name} is made of {wanted} matrices, found {len(route.sources)} ({', '.join(have)}, ...)"
+            )
     problems += names.compare(set(routes), dense)
     if problems:
         raise report("the checkpoint does not fit the model", problems)
@@ -159,16 +161,22 @@ class _Names:
         for key, tensor in dense.items():
             target, pattern = self.of(key)
             if target not in self.meta:
-                harmless = any(re.search(e, key) for e in ignored) or key.endswith(("rotary_emb.inv_freq", "position_ids"))
+                harmless = any(re.search(e, key) for e in ignored) or key.endswith(
+                    ("rotary_emb.inv_freq", "position_ids")
+                )
                 if not harmless and self.must_exist(key):
                     problems.append(f"{key} in {tensor.file.name} has no place in the model")
                 continue
             covered.add(target)
             expected = self.meta[target]
             if pattern is None and tensor.shape != tuple(expected.shape):
-                problems.append(f"{key} in {tensor.file.name} has shape {tensor.shape}, expected {tuple(expected.shape)}")
+                problems.append(
+                    f"{key} in {tensor.file.name} has shape {tensor.shape}, expected {tuple(expected.shape)}"
+                )
             elif tensor.dtype is None or tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
-                problems.append(f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales are missing)")
+                problems.append(
+                    f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales are missing)"
+                )
         return problems + [f"{name} is missing" for name in self._missing(covered)]
 
     def _missing(self, covered: set[str]) -> list[str]:
@@ -245,7 +253,9 @@ class Router(host.WeightConverter):
         return False
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        tensor = next(t for s in self.routes[target_key].sources for t in s.weight.entries.values() if t.key == source_key)
+        tensor = next(
+            t for s in self.routes[target_key].sources for t in s.weight.entries.values() if t.key == source_key
+        )
         if source_key == target_key and tensor.dtype is not None and tensor.dtype.is_floating_point:
             # transformers 5.17 casts a float tensor whose key is a parameter's own name to that parameter's dtype; here it
             # may hold packed bytes, so it is read again as it is.
@@ -273,7 +283,9 @@ class Router(host.WeightConverter):
 
     def _materialized(self) -> dict[str, list[Tensor]]:
         for key, tensors in self.collected_tensors.items():
-            self.collected_tensors[key] = [t.result() if isinstance(t, Future) else t() if callable(t) else t for t in tensors]
+            self.collected_tensors[key] = [
+                t.result() if isinstance(t, Future) else t() if callable(t) else t for t in tensors
+            ]
         result = dict(self.collected_tensors)
         self.collected_tensors.clear()
         return result
@@ -325,7 +337,9 @@ def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, meth
         raise report(f"the checkpoint is not the {method} checkpoint that its config describes", problems)
 
 
-def build_weight(source: Source, entries: dict[str, Tensor], dtype: torch.dtype, fmt: Format, policy: AdapterPolicy | None) -> QuantizedTensor:
+def build_weight(
+    source: Source, entries: dict[str, Tensor], dtype: torch.dtype, fmt: Format, policy: AdapterPolicy | None
+) -> QuantizedTensor:
     """Return the quantized matrix that the file ``entries`` of ``source`` hold.
 
     Raises :class:`CheckpointError` naming the weight and its file when values are impossible.

@@ -47,7 +47,7 @@ def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> di
     for name, weight in quantized.items():
         for prefix, matrix in _matrices(model, name, weight, original_names).items():
             if matrix.transposed:
-                matrix = matrix.t()  # noqa: PLW2901 - the same matrix, seen as (out, in)
+                matrix = matrix.t()
             for local, entry in fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype).items():
                 result[f"{prefix}.{local}"] = entry
     return result

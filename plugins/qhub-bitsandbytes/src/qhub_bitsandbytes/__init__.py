@@ -1,12 +1,13 @@
 """The qhub plugin of the method ``bitsandbytes``: LLM.int8(), FP4 and NF4, without the bitsandbytes package.
 
-    config.py            which values of transformers' BitsAndBytesConfig are offered
-    plan.py, layout.py   which weights get which layout
-    tables.py            the value tables
-    blockwise.py         the numbers of FP4 and NF4, and of nested scales
-    int8.py              the numbers of LLM.int8()
-    format.py            checkpoint entries: blockwise_format.py, int8_format.py, state.py, entries.py
-    doctor.py            what ``qhub doctor`` says
+config.py            which values of transformers' BitsAndBytesConfig are offered
+plan.py, layout.py   which weights get which layout
+merging.py           how an update goes back onto a layout
+tables.py            the value tables
+blockwise.py         the numbers of FP4 and NF4, and of nested scales
+int8.py              the numbers of LLM.int8()
+format.py            checkpoint entries: blockwise_format.py, int8_format.py, state.py, entries.py
+doctor.py            what ``qhub doctor`` says
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def qhub_format(config: Any) -> Format:
     from qhub_bitsandbytes.format import checkpoint_format
 
     return checkpoint_format(config)
+
+
+@hookimpl
+def qhub_adapter(config: Any, layout: Layout) -> AdapterPolicy:
+    """Say how an update goes back: on the grid that is nearer to it."""
+    from qhub_bitsandbytes.merging import policy
+
+    return policy()
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Chooses FP4 and NF4 codes and absmax per block, and quantizes the absmax again: the numbers that bitsandbytes chooses.
+"""Chooses the numbers of FP4 and NF4: codes, absmax per block, and the absmax quantized in turn. Those of bitsandbytes.
 
 Sources: QLoRA (Dettmers et al. 2023), sections 2 and 3; bitsandbytes 0.50.2, ``functional.quantize_4bit``,
 ``backends/default/ops.py`` (``quantize_4bit``) and ``csrc/cpu_ops.cpp`` (``quantize_cpu_impl``).
@@ -28,8 +28,9 @@ _STEPS = 1 << 16
 def quantize_blockwise(weight: Tensor, layout: Lookup, quant_type: QuantType) -> dict[str, Tensor]:
     """Return the parts of ``layout`` for ``weight`` (N, K) float32, float16 or bfloat16.
 
-    ``quant_type``: ``"nf4"`` or ``"fp4"``. Codes are the nearest table entries of w / absmax of the block; a value halfway
-    between two entries takes the smaller one. Raises :class:`LayoutError` if the weight holds NaN or infinity.
+    ``quant_type``: ``"nf4"`` or ``"fp4"``. Codes are the nearest table entries of w / absmax of the block; a value
+    halfway between two entries takes the smaller one. Raises :class:`LayoutError` if the weight holds NaN or
+    infinity.
     """
     # Upstream quantizes what is stored row by row, so a run of the flattened matrix may cross rows.
     flat = weight.contiguous().reshape(-1)
@@ -55,13 +56,15 @@ def quantize_blockwise(weight: Tensor, layout: Lookup, quant_type: QuantType) ->
 def _quantize_run(flat: Tensor, group: int, middles: Tensor) -> tuple[Tensor, Tensor]:
     """Return places in the sorted table (int32) and absmax of the blocks of ``flat`` (count,) float32."""
     if not bool(torch.isfinite(flat).all()):
-        raise LayoutError("the weight holds NaN or infinity, which no 4-bit block can store: check the checkpoint it came from")
+        raise LayoutError(
+            "the weight holds NaN or infinity, which no 4-bit block can store: check the checkpoint it came from"
+        )
     whole = flat.shape[0] - flat.shape[0] % group
     blocks = flat[:whole].reshape(-1, group)
     absmax = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / absmax.clamp_min(1e-38)).unsqueeze(-1)).reshape(-1)
     if whole < flat.shape[0]:
-        # Upstream divides the last, shorter block instead of multiplying by a reciprocal, and stores 1e-38 if it is all zero.
+        # Upstream divides the last, shorter block, instead of multiplying by a reciprocal; its absmax is never 0.
         rest = flat[whole:]
         last = rest.abs().amax().clamp_min(1e-38)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
@@ -70,18 +73,19 @@ def _quantize_run(flat: Tensor, group: int, middles: Tensor) -> tuple[Tensor, Te
 
 
 def quantize_scales(absmax: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize ``absmax`` (count,) float32: return codes (count,) uint8, absmax (ceil(count/group),) and offset (), both float32.
+    """Quantize ``absmax`` (count,) float32 in turn, to codes, second-level absmax and offset.
 
-    The mean is taken off first (the offset); ``dynamic_map()[code] * absmax[i // group] + offset`` restores a value. On a CPU
-    the codes are those of bitsandbytes' CPU library, which rounds to a grid of 65,536 steps before it looks up the nearest entry;
-    on other devices they are the nearest entries, as its GPU kernels choose them.
+    Returns codes (count,) uint8, absmax (ceil(count/group),) float32 and the offset () float32. The mean is taken
+    off first (the offset); ``dynamic_map()[code] * absmax[i // group] + offset`` restores a value. On a CPU the
+    codes are those of bitsandbytes' CPU library, which rounds to a grid of 65,536 steps before it looks up the
+    nearest entry; on other devices they are the nearest entries, as its GPU kernels choose them.
     """
     offset = absmax.mean()
     centred = absmax - offset
     missing = -centred.shape[0] % group
     blocks = torch.nn.functional.pad(centred, (0, missing)).reshape(-1, group)
     supers = blocks.abs().amax(-1)
-    # A block of zeros stores code 0 upstream; its absmax of 0 makes any code right. The clamp keeps 0/0 out of the lookup.
+    # The clamp keeps 0/0 out of the lookup; upstream stores code 0 for a block of zeros.
     normal = (blocks * (1.0 / supers.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)).clamp(-1.0, 1.0)
     if absmax.device.type == "cpu":
         steps = (normal + 1.0) * 0.5 * (_STEPS - 1) + 0.5
@@ -97,5 +101,5 @@ def quantize_scales(absmax: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]
 def _step_codes() -> Tensor:
     """Return the dynamic map's nearest code for each of the 65,536 equal steps from -1 to 1: (65536,) uint8."""
     table = dynamic_map()
-    steps = -1.0 + (2.0 * torch.arange(_STEPS, dtype=torch.float32)) / (_STEPS - 1)
+    steps = -1.0 + (2.0 * torch.arange(_STEPS, dtype=torch.float32, device="cpu")) / (_STEPS - 1)
     return torch.bucketize(steps, 0.5 * (table[:-1] + table[1:])).to(torch.uint8)

@@ -12,9 +12,9 @@ from qhub.errors import LayoutError
 from qhub.formats import Entry, Format
 from qhub.layouts import Grid, Layout, Lookup
 from qhub.layouts.packing import pack, unpack
-from qhub_bitsandbytes.entries import BLOCKWISE_NAMES, MARKERS, STATE_NAMES, check_entries, check_finite
-from qhub_bitsandbytes.layout import BlockwiseLookup, blockwise, nested_scales
-from qhub_bitsandbytes.state import BLOCK_SIZES, State, read_state, write_state
+from qhub_bitsandbytes.entries import MARKERS, NAMES, STATE_NAMES, check_entries, check_finite
+from qhub_bitsandbytes.layout import blockwise, nested_scales
+from qhub_bitsandbytes.state import BLOCK_SIZES, STATE_DTYPES, State, read_state, write_state
 from qhub_bitsandbytes.tables import QUANT_TYPES, quant_type_of
 
 __all__ = ["BlockwiseFormat"]
@@ -25,9 +25,11 @@ class BlockwiseFormat(Format):
 
     ``weight`` (bytes, 1): codes of the flattened matrix, two a byte, the first in the high half; the bytes are seen as
     ``storage``, a dtype whose size divides their number. ``weight.absmax`` (ceil(N*K/64),) float32, or uint8 with
-    ``weight.nested_absmax`` and ``weight.nested_quant_map``. ``weight.quant_map`` (16,) float32. The state names the rest.
+    ``weight.nested_absmax`` and ``weight.nested_quant_map``. ``weight.quant_map`` (16,) float32. The state names
+    the rest.
 
     A file is believed about its block size, its table and whether its absmax is nested, as upstream believes it.
+    The state's dtype is the dense weight's: what :meth:`pack` is told, and the model's own when it is loaded again.
     """
 
     def __init__(self, storage: torch.dtype = torch.uint8) -> None:
@@ -39,7 +41,7 @@ class BlockwiseFormat(Format):
 
     @property
     def names(self) -> frozenset[str]:
-        return BLOCKWISE_NAMES | MARKERS
+        return NAMES
 
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         count = -(-layout.out_features * layout.in_features // 2)
@@ -52,23 +54,23 @@ class BlockwiseFormat(Format):
             **{name: Entry(None, (torch.uint8,), required=False) for name in STATE_NAMES.values()},
         }
 
-    def pack(self, layout: Layout, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pack(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         layout.validate(parts)
         if not isinstance(layout, Lookup) or layout.bits != 4 or layout.transforms:
-            raise LayoutError(f"bitsandbytes' 4-bit entries hold 4-bit codes into a table, this layout is {layout.describe()}")
+            raise LayoutError(
+                f"bitsandbytes' 4-bit entries hold 4-bit codes into a table, this layout is {layout.describe()}"
+            )
         group = layout.grid.cols
         if group not in BLOCK_SIZES or layout.grid != Grid.flat_runs(group, layout.in_features):
-            raise LayoutError(f"bitsandbytes' blocks are runs of {sorted(BLOCK_SIZES)} weights, this layout has {layout.grid}")
+            raise LayoutError(
+                f"bitsandbytes' blocks are runs of {sorted(BLOCK_SIZES)} weights, this layout has {layout.grid}"
+            )
         quant_type = quant_type_of(parts["table"])
         if quant_type is None:
-            raise LayoutError(f"bitsandbytes stores the tables {list(QUANT_TYPES)}, this one is {parts['table'].tolist()}")
-        state = State(
-            quant_type,
-            group,
-            # A lookup layout that another method made says nothing; float32 loses nothing when upstream dequantizes.
-            layout.state_dtype if isinstance(layout, BlockwiseLookup) else "float32",
-            (layout.out_features, layout.in_features),
-        )
+            raise LayoutError(
+                f"bitsandbytes stores the tables {list(QUANT_TYPES)}, this one is {parts['table'].tolist()}"
+            )
+        state = State(quant_type, group, _state_dtype(dtype), (layout.out_features, layout.in_features))
         entries = {
             "weight": self._to_bytes(layout, parts).view(self.storage).unsqueeze(1),
             "weight.absmax": parts["scales"].reshape(-1),
@@ -79,7 +81,9 @@ class BlockwiseFormat(Format):
             entries["weight.absmax"] = entries["weight.absmax"].float()
         else:
             if nested != nested_scales(nested.group) or nested.group not in BLOCK_SIZES:
-                raise LayoutError(f"bitsandbytes nests scales in uint8 with a table and an offset, this layout has {nested}")
+                raise LayoutError(
+                    f"bitsandbytes nests scales in uint8 with a table and an offset, this layout has {nested}"
+                )
             state = dataclasses.replace(
                 state, nested_blocksize=nested.group, nested_offset=float(parts["scales_offset"])
             )
@@ -92,34 +96,45 @@ class BlockwiseFormat(Format):
         check_finite(entries, "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
         state = self._state(layout, entries)
         if quant_type_of(entries["weight.quant_map"]) != state.quant_type:
-            raise LayoutError(f"entry 'weight.quant_map' is not the table of {state.quant_type}, which {STATE_NAMES[state.quant_type]!r} names")
+            raise LayoutError(
+                f"entry 'weight.quant_map' is not the table of {state.quant_type}, which "
+                f"{STATE_NAMES[state.quant_type]!r} names"
+            )
         nested = nested_scales(state.nested_blocksize) if state.nested_blocksize is not None else None
-        found = blockwise(layout.out_features, layout.in_features, state.dtype, nested, state.blocksize)
+        found = blockwise(layout.out_features, layout.in_features, nested, state.blocksize)
         parts = {"qweight": self._from_bytes(found, entries["weight"]), "table": entries["weight.quant_map"]}
         parts["scales"] = self._scales(found, entries)
         if state.nested_offset is not None:
             parts["scales_super"] = entries["weight.nested_absmax"]
             parts["scales_table"] = entries["weight.nested_quant_map"]
-            parts["scales_offset"] = torch.tensor(state.nested_offset, dtype=torch.float32, device=entries["weight"].device)
+            parts["scales_offset"] = torch.tensor(
+                state.nested_offset, dtype=torch.float32, device=entries["weight"].device
+            )
         return found, parts
 
     def _state(self, layout: Layout, entries: Mapping[str, Tensor]) -> State:
         """Return the one state among ``entries``, checked against its own name and the planned shape."""
         present = {quant_type: name for quant_type, name in STATE_NAMES.items() if name in entries}
         if len(present) != 1:
-            raise LayoutError(f"expected one of the entries {sorted(STATE_NAMES.values())}, found {sorted(present.values())}")
+            raise LayoutError(
+                f"expected one of the entries {sorted(STATE_NAMES.values())}, found {sorted(present.values())}"
+            )
         ((quant_type, name),) = present.items()
         state = read_state(name, entries[name])
         if state.quant_type != quant_type:
             raise LayoutError(f"entry {name!r} says quant_type={state.quant_type!r}, which its own name contradicts")
         if state.shape != (layout.out_features, layout.in_features):
-            raise LayoutError(f"entry {name!r} says shape={list(state.shape)}, the model has [{layout.out_features}, {layout.in_features}]")
+            raise LayoutError(
+                f"entry {name!r} says shape={list(state.shape)}, the model has [{layout.out_features}, "
+                f"{layout.in_features}]"
+            )
         nested = state.nested_blocksize is not None
+        says = "nested" if nested else "not nested"
         for companion in ("weight.nested_absmax", "weight.nested_quant_map"):
             if (companion in entries) != nested:
                 raise LayoutError(
-                    f"entry {companion!r} is {'missing' if nested else 'present'}, but {name!r} says that the absmax is "
-                    f"{'nested' if nested else 'not nested'}"
+                    f"entry {companion!r} is {'missing' if nested else 'present'}, but {name!r} says that absmax "
+                    f"is {says}"
                 )
         return state
 
@@ -128,16 +143,25 @@ class BlockwiseFormat(Format):
         absmax, nested = entries["weight.absmax"], layout.scales_nested
         expected = -(-layout.out_features * layout.in_features // layout.grid.cols)
         if absmax.shape != (expected,):
-            raise LayoutError(f"entry 'weight.absmax' has shape {tuple(absmax.shape)}, expected ({expected},): one value per {layout.grid.cols} weights")
+            raise LayoutError(
+                f"entry 'weight.absmax' has shape {tuple(absmax.shape)}, expected ({expected},): one value per "
+                f"{layout.grid.cols} weights"
+            )
         dtype = torch.float32 if nested is None else torch.uint8
         if absmax.dtype != dtype:
-            raise LayoutError(f"entry 'weight.absmax' has dtype {absmax.dtype}, expected {dtype} where the state says {'nested' if nested else 'not nested'}")
+            raise LayoutError(
+                f"entry 'weight.absmax' has dtype {absmax.dtype}, expected {dtype} where the state says "
+                f"{'nested' if nested else 'not nested'}"
+            )
         if nested is None:
             check_finite(entries, "weight.absmax")
         else:
             supers = -(-expected // nested.group)
             if entries["weight.nested_absmax"].shape != (supers,):
-                raise LayoutError(f"entry 'weight.nested_absmax' has shape {tuple(entries['weight.nested_absmax'].shape)}, expected ({supers},)")
+                raise LayoutError(
+                    f"entry 'weight.nested_absmax' has shape {tuple(entries['weight.nested_absmax'].shape)}, "
+                    f"expected ({supers},)"
+                )
         return absmax.reshape(layout.scale_shape)
 
     @staticmethod
@@ -147,7 +171,7 @@ class BlockwiseFormat(Format):
             packed = parts["qweight"].reshape(-1)
         else:
             codes = layout.codes(parts).reshape(-1)
-            # Upstream fills the last half byte with the code of 0.0: the first entry of the sorted table that is not below it.
+            # Upstream fills the last half byte with the code of 0.0, the lower one of FP4's two.
             if codes.shape[0] % 2:
                 zero = torch.nonzero(parts["table"] == 0)[0].to(torch.uint8)
                 codes = torch.cat([codes, zero])
@@ -161,3 +185,12 @@ class BlockwiseFormat(Format):
         swapped = (stored << 4) | (stored >> 4)
         n, k = layout.out_features, layout.in_features
         return swapped.reshape(n, k // 2) if k % 2 == 0 else pack(unpack(swapped, 4, n * k).reshape(n, k), 4)
+
+
+def _state_dtype(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in STATE_DTYPES:
+        raise LayoutError(
+            f"bitsandbytes' 4-bit entries stand for {', '.join(STATE_DTYPES)} weights, not {name}: convert the model"
+        )
+    return name

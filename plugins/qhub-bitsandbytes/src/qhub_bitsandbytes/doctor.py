@@ -18,8 +18,10 @@ def findings() -> list[Finding]:
             Finding(
                 "ok",
                 subject,
-                "the bitsandbytes package is not installed and not needed: quantizing, loading, saving and training work without it",
-                "for its 8-bit optimizers, or to hand the method back to it with QHUB_NATIVE=bitsandbytes: pip install 'qhub-bitsandbytes[bridge]'",
+                "the bitsandbytes package is not installed and not needed: quantizing, loading, saving and "
+                "training work without it",
+                "for its 8-bit optimizers, or to hand the method back to it with QHUB_NATIVE=bitsandbytes: pip "
+                "install 'qhub-bitsandbytes[bridge]'",
             )
         ]
     try:
@@ -30,6 +32,7 @@ def findings() -> list[Finding]:
         Finding(
             "ok",
             subject,
-            f"the bitsandbytes package {found} is installed; qhub does not use it, QHUB_NATIVE=bitsandbytes hands the method back to it",
+            f"the bitsandbytes package {found} is installed; qhub does not use it, QHUB_NATIVE=bitsandbytes hands "
+            "the method back to it",
         )
     ]

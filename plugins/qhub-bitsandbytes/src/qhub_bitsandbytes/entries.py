@@ -11,17 +11,15 @@ from qhub.errors import LayoutError
 from qhub.formats import Entry
 from qhub_bitsandbytes.tables import QUANT_TYPES
 
-__all__ = ["BLOCKWISE_NAMES", "INT8_NAMES", "MARKERS", "STATE_NAMES", "check_entries", "check_finite"]
+__all__ = ["MARKERS", "NAMES", "STATE_NAMES", "check_entries", "check_finite"]
 
 # Source: bitsandbytes nn/modules.py, Linear4bit._save_to_state_dict and Linear8bitLt._save_to_state_dict.
 STATE_NAMES = {quant_type: f"weight.quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES}
-BLOCKWISE_NAMES = frozenset(
-    {"weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *STATE_NAMES.values()}
-)
-INT8_NAMES = frozenset({"weight", "SCB", "weight_format"})
+_TENSOR_NAMES = {"weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"}
 
 # Both formats recognise either kind of weight: one that the config does not announce is then refused by name.
 MARKERS = frozenset({"SCB", *STATE_NAMES.values()})
+NAMES = MARKERS | {"weight", "weight_format"} | _TENSOR_NAMES
 
 
 def check_entries(entries: Mapping[str, Tensor], expected: Mapping[str, Entry], asked: str) -> None:

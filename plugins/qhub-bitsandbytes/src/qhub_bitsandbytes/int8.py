@@ -1,7 +1,7 @@
 """Chooses the int8 codes of LLM.int8(): absmax per row, as bitsandbytes chooses them.
 
-Sources: LLM.int8() (Dettmers et al. 2022), eq. 1 to 3; bitsandbytes 0.50.2, ``nn/modules.py`` (``Int8Params._quantize`` casts to
-float16 first) and ``backends/default/ops.py`` (``int8_vectorwise_quant``).
+Sources: LLM.int8() (Dettmers et al. 2022), eq. 1 to 3; bitsandbytes 0.50.2, ``nn/modules.py``
+(``Int8Params._quantize`` casts to float16 first) and ``backends/default/ops.py`` (``int8_vectorwise_quant``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _CHUNK = 1 << 22
 
 
 def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
-    """Return ``qweight`` (N, K) int8 and ``scales`` (N, 1) float32, the row's absmax, for ``weight`` (N, K) of any float dtype.
+    """Return ``qweight`` (N, K) int8 and ``scales`` (N, 1) float32, the row's absmax, for ``weight`` (N, K).
 
-    Raises :class:`LayoutError` if a value is NaN, infinite, or beyond the range of float16.
+    The weight may be of any float dtype. Raises :class:`LayoutError` if a value is NaN, infinite, or beyond the
+    range of float16.
     """
     rows = max(1, _CHUNK // weight.shape[1])
     chunks = [_quantize(chunk) for chunk in weight.split(rows)]

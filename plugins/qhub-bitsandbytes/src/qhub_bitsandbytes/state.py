@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
-from qhub_bitsandbytes.layout import STATE_DTYPES
 from qhub_bitsandbytes.tables import QUANT_TYPES, QuantType
 
-__all__ = ["BLOCK_SIZES", "State", "read_state", "write_state"]
+__all__ = ["BLOCK_SIZES", "STATE_DTYPES", "State", "read_state", "write_state"]
 
 # functional.py, quantize_4bit and dequantize_4bit, refuse any other.
 BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
+
+# Dtypes of a weight that upstream quantizes to 4 bits, by the name it writes.
+STATE_DTYPES = ("float32", "float16", "bfloat16")
 
 # Upstream's are about 170 bytes long.
 _MOST_BYTES = 1024
@@ -29,8 +31,8 @@ _NESTED_KEYS = frozenset({"nested_blocksize", "nested_dtype", "nested_offset"})
 class State:
     """Holds what the entry says.
 
-    ``shape``: (N, K). ``dtype``: name of the dtype the weight had. ``nested_blocksize``, ``nested_offset``: None when the absmax is
-    not quantized.
+    ``shape``: (N, K). ``dtype``: name of the dtype the weight had. ``nested_blocksize``, ``nested_offset``: None
+    when the absmax is not quantized.
     """
 
     quant_type: QuantType
@@ -44,7 +46,8 @@ class State:
 def write_state(state: State) -> Tensor:
     """Return the entry: (bytes,) uint8, byte for byte what upstream writes.
 
-    Source: bitsandbytes functional.py, QuantState.as_dict(packed=True): the order of the keys, and Python's default separators.
+    Source: bitsandbytes functional.py, QuantState.as_dict(packed=True): the order of the keys, and Python's default
+    separators.
     """
     values: dict[str, Any] = {
         "quant_type": state.quant_type,
@@ -56,18 +59,19 @@ def write_state(state: State) -> Tensor:
         values["nested_blocksize"] = state.nested_blocksize
         values["nested_dtype"] = "float32"
         values["nested_offset"] = state.nested_offset
-    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device="cpu")
 
 
 def read_state(name: str, entry: Tensor) -> State:
     """Return what the entry ``name`` (bytes,) uint8 says.
 
-    Raises :class:`LayoutError`, naming the entry, if it is too long, is not JSON, or has a missing, unknown, repeated or impossible
-    value.
+    Raises :class:`LayoutError`, naming the entry, if it is too long, is not JSON, or has a missing, unknown,
+    repeated or impossible value.
     """
     if entry.dtype != torch.uint8 or entry.ndim != 1 or not 0 < entry.numel() <= _MOST_BYTES:
         raise LayoutError(
-            f"entry {name!r} is {entry.dtype} {tuple(entry.shape)}, expected 1 to {_MOST_BYTES} bytes of JSON in one dimension"
+            f"entry {name!r} is {entry.dtype} {tuple(entry.shape)}, expected 1 to {_MOST_BYTES} bytes of JSON in "
+            "one dimension"
         )
     try:
         values = json.loads(
@@ -75,7 +79,9 @@ def read_state(name: str, entry: Tensor) -> State:
         )
     # RecursionError: a thousand opening brackets are valid input to the parser.
     except (ValueError, RecursionError) as error:
-        raise LayoutError(f"entry {name!r} is not valid JSON ({type(error).__name__}: {error}): the file is damaged") from error
+        raise LayoutError(
+            f"entry {name!r} is not valid JSON ({type(error).__name__}: {error}): the file is damaged"
+        ) from error
     if not isinstance(values, dict):
         raise LayoutError(f"entry {name!r} holds a JSON {type(values).__name__}, expected an object")
     nested = bool(_NESTED_KEYS & set(values))

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qhub.config import ConfigSpec
 from qhub.errors import ConfigError
-from qhub_hqq.settings import base_config, disagreement, ignore, is_per_layer, settings_of
+from qhub_hqq.settings import disagreement, ignore, is_per_layer, settings_of
 
 if TYPE_CHECKING:
     from qhub.reports import Finding
 
-__all__ = ["check", "findings", "spec", "stand_in"]
+__all__ = ["check", "findings", "from_options", "spec", "stand_in"]
 
 
 def spec() -> ConfigSpec:
-    """Return the description of HqqConfig, which can be made with or without hqq from then on."""
-    from transformers.utils import quantization_config
-
-    stand_in(quantization_config)
+    """Return the description of HqqConfig, for files (``quant_config``) and for arguments (``nbits``, ...)."""
     return ConfigSpec(
-        cls=quantization_config.HqqConfig,
-        file_keys=frozenset({"quant_config", "skip_modules"}),
+        cls="qhub_hqq.hqq_config:HqqConfig",
+        keys=frozenset({"quant_config"}),
         check=check,
         skip="skip_modules",
+        presets={
+            "4bit": {"nbits": 4, "group_size": 64},
+            "3bit": {"nbits": 3, "group_size": 64},
+            "8bit": {"nbits": 8, "group_size": 64},
+            "2bit": {"nbits": 2, "group_size": 32},
+        },
+        from_options=from_options,
     )
+
+
+def from_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of HqqConfig for command-line ``options``: ``bits`` is called ``nbits`` here, a group of -1 None."""
+    values = {("nbits" if name == "bits" else name): value for name, value in options.items()}
+    if values.get("group_size") == -1:
+        values["group_size"] = None
+    return values
 
 
 def check(config: Any) -> None:
@@ -51,45 +63,12 @@ def check(config: Any) -> None:
 def stand_in(module: ModuleType) -> None:
     """Let ``module.HqqConfig`` be made without the hqq package; does nothing where that is installed.
 
-    ``module``: ``transformers.utils.quantization_config``. Its HqqConfig imports hqq only to fill in a dictionary of seven
-    values, and refuses to be made without it. The class stays, its ``__init__`` is replaced.
+    ``module``: ``transformers.utils.quantization_config``. The class stays itself, its ``__init__`` is replaced.
     """
-    if importlib.util.find_spec("hqq") is None and module.HqqConfig.__init__ is not _init:
-        module.HqqConfig.__init__ = _init
+    if importlib.util.find_spec("hqq") is None:
+        from qhub_hqq.hqq_config import HqqConfig
 
-
-def _init(
-    self: Any,
-    nbits: int = 4,
-    group_size: int | None = 64,
-    view_as_float: bool = False,
-    axis: int | None = None,
-    dynamic_config: dict[str, dict[str, Any]] | None = None,
-    skip_modules: list[str] | None = None,
-    **kwargs: Any,
-) -> None:
-    """Make the config as transformers' own ``HqqConfig.__init__`` does; what it ignores in silence is named in a warning.
-
-    ``axis``: None stands for 1. ``dynamic_config``: ``{layer tag: {"nbits": ..., "group_size": ..., ...}}``; layers whose tag
-    (the module's name without "model", "layers" and numbers) is not in it stay dense. ``skip_modules``: None stands for the
-    output head. Raises :class:`ConfigError` on bad values.
-    """
-    from transformers.utils.quantization_config import QuantizationMethod
-
-    if kwargs:
-        warnings.warn(f"HqqConfig ignores {', '.join(sorted(kwargs))}", stacklevel=2)
-    if dynamic_config is None:
-        self.quant_config = base_config(
-            nbits=nbits, group_size=group_size, view_as_float=view_as_float, axis=1 if axis is None else axis
-        )
-    else:
-        try:
-            self.quant_config = {tag: base_config(**values) for tag, values in dynamic_config.items()}
-        except TypeError as error:
-            raise ConfigError(f"dynamic_config of an hqq config is {dynamic_config!r}: {error}") from error
-    self.quant_method = QuantizationMethod.HQQ
-    self.skip_modules = ["lm_head"] if skip_modules is None else skip_modules
-    self.post_init()
+        module.HqqConfig.__init__ = HqqConfig.__init__
 
 
 def findings() -> list[Finding]:

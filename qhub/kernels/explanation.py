@@ -48,18 +48,24 @@ class Explanation:
     def __str__(self) -> str:
         groups: dict[str, list[LayerExplanation]] = {}
         for layer in self.layers:
-            key = json.dumps([layer.kernels, layer.refused, layer.device, layer.dtype, layer.layout], sort_keys=True, default=str)
+            key = json.dumps(
+                [layer.kernels, layer.refused, layer.device, layer.dtype, layer.layout], sort_keys=True, default=str
+            )
             groups.setdefault(key, []).append(layer)
         lines = []
         for members in groups.values():
             first = members[0]
             shape = f"{first.layout['out_features']}x{first.layout['in_features']}"
             bits = f" {first.layout['bits']}-bit" if "bits" in first.layout else ""
-            lines.append(f"{len(members)} x {first.layout['kind']}{bits} {shape} on {first.device}, {first.dtype} input")
+            lines.append(
+                f"{len(members)} x {first.layout['kind']}{bits} {shape} on {first.device}, {first.dtype} input"
+            )
             lines.append(f"    {members[0].name}" + (f" ... {members[-1].name}" if len(members) > 1 else ""))
             lines += [f"    M {span}: {name}" for span, name in first.kernels.items()]
             lines += [f"    not {name}: {reason}" for name, reason in first.refused.items()]
-        lines.append(f"{len(self.layers)} quantized weights, {len(self.dense)} dense matrices ({sum(self.dense.values())} bytes)")
+        lines.append(
+            f"{len(self.layers)} quantized weights, {len(self.dense)} dense matrices ({sum(self.dense.values())} bytes)"
+        )
         return "\n".join(lines)
 
 
