@@ -142,42 +142,29 @@ class Affine(Layout):
         return {"qweight": self.pack_codes(grid.join(q, self.out_features, self.in_features))}
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return parts whose scales span the range of ``weight`` in each group, with the nearest codes."""
         grid = self.grid
-        w = grid.split(weight.float())
-        low, high = self.code_range
-        if self.zero == "constant":
-            # The code 0 stands for -zero_point steps, so the longer side decides when the range is not symmetric.
-            up, down = high - self.zero_point, self.zero_point - low
-            top, bottom = w.amax(grid.member_dims).clamp_min(0), (-w.amin(grid.member_dims)).clamp_min(0)
-            scale = torch.zeros_like(top)
-            for side, steps in ((top, up), (bottom, down)):
-                if steps > 0:
-                    scale = torch.maximum(scale, side / steps)
-            scale = scale.clamp_min(1e-12)
-            fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
-        else:
-            largest = w.amax(grid.member_dims).clamp_min(0)
-            smallest = w.amin(grid.member_dims).clamp_max(0)
-            scale = ((largest - smallest) / (high - low)).clamp_min(1e-12)
-            fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
-            stored = scale_values("scales", self.scale_shape, self.scales_nested, {**parts, **fitted}).float()
-            step = stored.reshape(scale.shape) * self.unit
-            if self.zero == "value":
-                zero = low - smallest / torch.where(step == 0, torch.ones_like(step), step)
-                if self.zeros_nested is None and not parts["zeros"].is_floating_point():
-                    zero = zero.round().clamp(low, high)
-            else:
-                zero = smallest / self.unit
-            fitted |= scale_codes("zeros", zero, self.zeros_nested, parts)
+        members = None
+        if not grid.fits(self.out_features, self.in_features):
+            members = grid.split(torch.ones(self.out_features, self.in_features, device=weight.device))
+        scale, zero = self._uniform_fit(parts).fit(grid.split(weight.float()), members, grid.member_dims)
+        fitted = self._stored("scales", scale / self.unit, parts)
+        if self.zero == "value":
+            fitted |= self._stored("zeros", zero, parts)
+        elif self.zero == "offset":
+            fitted |= self._stored("zeros", -zero * scale / self.unit, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
 
-    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        kept = {**parts, **self.nearest(weight, parts)}
-        if grid == "keep":
-            return kept
-        refitted = {**parts, **self.fit(weight, parts)}
-        return refitted if grid == "refit" else better(weight, self, kept, refitted)
+    def _uniform_fit(self, parts: Parts) -> UniformFit:
+        low, high = self.code_range
+        if self.zero == "constant":
+            return UniformFit(low, high, zero=self.zero_point)
+        whole = self.zero == "value" and self.zeros_nested is None and not parts["zeros"].is_floating_point()
+        return UniformFit(low, high, whole=whole, bounded=self.zeros_nested is not None)
+
+    def _stored(self, name: str, groups: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return the tensors that hold one value per group, given with size 1 on the members' axes."""
+        values = groups.reshape(*groups.shape[: groups.ndim - len(self.grid.split_shape)], *self.scale_shape)
+        return scale_codes(name, values, self.scale_tensors()[name], parts)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,8 @@ def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
     for file in map(Path, files):
         if file.suffix != ".safetensors":
             if os.environ.get("QHUB_ALLOW_PICKLE") == "1":
-                return {}
+                found.update(_pickled_headers(file))
+                continue
             raise CheckpointError(
                 f"{file} is not a safetensors file: reading it could run code that it contains. Convert it to safetensors, or "
                 "set QHUB_ALLOW_PICKLE=1 if you trust its author"
@@ -71,6 +72,12 @@ def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
                 f"{file} ({size} bytes) cannot be read: {error}. It is truncated or damaged: download or copy it again"
             ) from error
     return found
+
+
+def _pickled_headers(file: Path) -> dict[str, FileTensor]:
+    # weights_only restricts unpickling to tensors; the meta device keeps their values on the disk.
+    tensors = torch.load(file, map_location="meta", weights_only=True)
+    return {key: FileTensor(key, file, tuple(t.shape), t.dtype) for key, t in tensors.items()}
 
 
 def sort_entries(headers: dict[str, FileTensor], fmt: Format) -> tuple[dict[str, StoredWeight], dict[str, FileTensor]]:

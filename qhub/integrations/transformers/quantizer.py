@@ -59,6 +59,7 @@ class PluginQuantizer(HfQuantizer):
         self._weights: dict[str, WeightInfo] = {}
         self._model: Any = None
         self._failure: QhubError | None = None
+        self._loaded = False
         self._policies: dict[Layout, AdapterPolicy] = {}
         if self.replaces:
             info = registry.list()[self.method]
@@ -180,8 +181,14 @@ class PluginQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        if not self.pre_quantized or self._model is None or not self._headers:
+        if not self.pre_quantized or self._loaded:
+            # Asked again after loading, for an adapter's weights.
             return weight_conversions
+        if not self._headers:
+            raise UnsupportedError(
+                f"a checkpoint quantized with {self.method} is loaded from files, not from a state_dict: save it to a folder "
+                "and name that"
+            )
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
         model = self._model
         routes = routing.find_routes(model, self._weights, self._headers, weight_conversions, fmt)
@@ -270,7 +277,7 @@ class PluginQuantizer(HfQuantizer):
         if self._failure is not None:
             raise self._failure
         result = super().postprocess_model(model, **kwargs)
-        self._headers = {}
+        self._headers, self._loaded = {}, True
         use_plain_experts(model)
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for no
         # other library (peft/utils/other.py, prepare_model_for_kbit_training).

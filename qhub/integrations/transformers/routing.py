@@ -256,7 +256,8 @@ class Router(host.WeightConverter):
         tensor = next(
             t for s in self.routes[target_key].sources for t in s.weight.entries.values() if t.key == source_key
         )
-        if source_key == target_key and tensor.dtype is not None and tensor.dtype.is_floating_point:
+        safe = tensor.file.suffix == ".safetensors"
+        if safe and source_key == target_key and tensor.dtype is not None and tensor.dtype.is_floating_point:
             # transformers 5.17 casts a float tensor whose key is a parameter's own name to that parameter's dtype; here it
             # may hold packed bytes, so it is read again as it is.
             if isinstance(future, Future):

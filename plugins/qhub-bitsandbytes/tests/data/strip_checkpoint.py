@@ -1,5 +1,4 @@
-"""Writes upstream.safetensors: a few layers of checkpoints that bitsandbytes wrote, with the weights it decodes
-them to.
+"""Writes upstream.safetensors: layers of checkpoints that bitsandbytes wrote, with the weights it decodes them to.
 
     python strip_checkpoint.py OUTPUT CHECKPOINT:MODULE ...
 
