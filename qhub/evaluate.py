@@ -62,6 +62,20 @@ class Comparison:
     top1_agreement: float
     positions: int
 
+    @property
+    def difference(self) -> float:
+        """Return the model's perplexity less the base's."""
+        return self.model.value - self.base.value
+
+    @property
+    def difference_error(self) -> float | None:
+        """Return the standard error of :attr:`difference` from the pairs of windows; None for a single window.
+
+        Hard windows are hard for both models, so it is far smaller than the two models' own errors would suggest.
+        """
+        pairs = [a - b for a, b in zip(self.model.losses, self.base.losses, strict=True)]
+        return _error(self.model.value, pairs)
+
 
 @dataclass(frozen=True)
 class DecodeSpeed:
@@ -209,8 +223,12 @@ def _perplexity(losses: list[float], tokens: int, seconds: float) -> Perplexity:
     mean = statistics.fmean(losses)
     # exp overflows beyond 709 nats per token, which only a broken model reaches.
     value = math.exp(mean) if mean < 700 else math.nan if math.isnan(mean) else math.inf
-    error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-    return Perplexity(value, error, tuple(losses), tokens, seconds)
+    return Perplexity(value, _error(value, losses), tuple(losses), tokens, seconds)
+
+
+def _error(value: float, losses: list[float]) -> float | None:
+    """Return the standard error of exp(mean(losses)) = ``value`` to first order: value * s / sqrt(n)."""
+    return value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
 
 
 def _check(model: Any, tokens: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -180,14 +180,21 @@ class Registry:
             raise PluginError(f"{hook} of the plugin {name!r} failed: {type(error).__name__}: {error}") from error
 
     def broadcast(
-        self, hook: str, groups: Sequence[str] = (METHOD_GROUP, KERNEL_GROUP), **arguments: Any
+        self,
+        hook: str,
+        groups: Sequence[str] = (METHOD_GROUP, KERNEL_GROUP),
+        names: Collection[str] | None = None,
+        **arguments: Any,
     ) -> Iterator[tuple[str, Any]]:
         """Call ``hook`` of every plugin in turn and yield (plugin name, answer) for those that answer.
 
+        ``names``: ask (and load) only these; None for all.
         A plugin that cannot be loaded or raises is recorded in :attr:`failures`, named in a warning and left out.
         """
         for group in groups:
             for name in self.list(group):
+                if names is not None and name not in names:
+                    continue
                 try:
                     plugin = self.load(name, group)
                     others = [other for other in self._manager.get_plugins() if other is not plugin]

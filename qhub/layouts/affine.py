@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import rows
-from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.base import Layout, Parts, PartSpec
+from qhub.layouts.fitting import UniformFit
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
@@ -118,7 +119,6 @@ class Affine(Layout):
         return q.to(torch.int8).contiguous() if self.signed else pack(q, self.bits)
 
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return ``qweight`` with the codes nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
         scales, zeros = self.scales_and_zeros(parts)
         grid = self.grid
         scale = grid.spread(scales.float() * self.unit)
@@ -146,25 +146,24 @@ class Affine(Layout):
         members = None
         if not grid.fits(self.out_features, self.in_features):
             members = grid.split(torch.ones(self.out_features, self.in_features, device=weight.device))
-        scale, zero = self._uniform_fit(parts).fit(grid.split(weight.float()), members, grid.member_dims)
-        fitted = self._stored("scales", scale / self.unit, parts)
-        if self.zero == "value":
-            fitted |= self._stored("zeros", zero, parts)
-        elif self.zero == "offset":
-            fitted |= self._stored("zeros", -zero * scale / self.unit, parts)
-        return fitted | self.nearest(weight, {**parts, **fitted})
-
-    def _uniform_fit(self, parts: Parts) -> UniformFit:
         low, high = self.code_range
         if self.zero == "constant":
-            return UniformFit(low, high, zero=self.zero_point)
-        whole = self.zero == "value" and self.zeros_nested is None and not parts["zeros"].is_floating_point()
-        return UniformFit(low, high, whole=whole, bounded=self.zeros_nested is not None)
-
-    def _stored(self, name: str, groups: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors that hold one value per group, given with size 1 on the members' axes."""
-        values = groups.reshape(*groups.shape[: groups.ndim - len(self.grid.split_shape)], *self.scale_shape)
-        return scale_codes(name, values, self.scale_tensors()[name], parts)
+            allowed = UniformFit(low, high, zero=self.zero_point)
+        else:
+            whole = self.zero == "value" and self.zeros_nested is None and not parts["zeros"].is_floating_point()
+            allowed = UniformFit(low, high, whole=whole, bounded=self.zeros_nested is not None)
+        scale, zero = allowed.fit(grid.split(weight.float()), members, grid.member_dims)
+        fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
+        if self.zero == "value":
+            if not allowed.whole:
+                # Rounding the scale to its dtype would carry a zero far from 0 along.
+                stored = scale_values("scales", self.scale_shape, self.scales_nested, {**parts, **fitted}).float()
+                step = stored.reshape(scale.shape) * self.unit
+                zero = zero * scale / torch.where(step == 0, scale, step)
+            fitted |= scale_codes("zeros", zero, self.zeros_nested, parts)
+        elif self.zero == "offset":
+            fitted |= scale_codes("zeros", -zero * scale / self.unit, self.zeros_nested, parts)
+        return fitted | self.nearest(weight, {**parts, **fitted})
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +176,3 @@ class Affine(Layout):
         if scales is None:
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}
-
-    def with_rows(self, out_features: int) -> Layout:
-        return rows.resize(self, self.grid, out_features)

@@ -22,10 +22,13 @@ from qhub.layouts.transforms import Transform, transform_weight
 if TYPE_CHECKING:
     from qhub.layouts.nested import Nested
 
-__all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts"]
+__all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts", "nbytes"]
 
 Parts = Mapping[str, Tensor]
 GridPolicy = Literal["keep", "refit", "best"]
+
+# Relative error up to which a weight counts as the one that is stored: rotations alone cost some 2^-20 in float32.
+_ROUNDING = 2.0**-18
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ class Layout(ABC):
         """Return the stored matrix (..., out_features, in_features) in float32, transforms not applied."""
 
     @abstractmethod
-    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        """Return parts for ``weight`` (..., out_features, in_features) float32, transforms already taken off.
+    def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return the codes nearest to ``weight`` (..., out_features, in_features) under the scales and tables of ``parts``."""
 
-        ``grid``: ``"keep"`` leaves scales and tables of ``parts`` alone and picks the nearest codes, ``"refit"`` fits the
-        scales to ``weight``, ``"best"`` takes what is nearer to ``weight`` in the sum of squares.
+    @abstractmethod
+    def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return scales fitted to ``weight`` (..., out_features, in_features) and the codes nearest under them.
+
+        ``parts``: give tables, and the dtypes of what is fitted.
         """
 
     @abstractmethod
@@ -150,6 +156,33 @@ class Layout(ABC):
             if part.dtype not in spec.dtypes:
                 raise LayoutError(f"tensor {name!r} has dtype {part.dtype}, expected one of {list(spec.dtypes)}")
 
+    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
+        """Return parts for ``weight`` (..., out_features, in_features) float32, transforms already taken off.
+
+        ``grid``: ``"keep"`` leaves scales and tables of ``parts`` alone and picks the nearest codes, ``"refit"`` fits the
+        scales to ``weight``, ``"best"`` takes what is nearer to ``weight`` in the sum of squares, for each matrix of a batch.
+        """
+        if grid == "refit":
+            return {**parts, **self.fit(weight, parts)}
+        kept = {**parts, **self.nearest(weight, parts)}
+        if grid == "keep":
+            return kept
+        return self._better(weight, kept, {**parts, **self.fit(weight, parts)})
+
+    def _better(self, weight: Tensor, kept: dict[str, Tensor], fitted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return per matrix whichever parts decode nearer to ``weight``; ``kept`` where it is exact but for rounding."""
+        kept_error, fitted_error = ((self.decode(parts) - weight).square().sum((-2, -1)) for parts in (kept, fitted))
+        rounding = _ROUNDING**2 * weight.square().sum((-2, -1))
+        change = (fitted_error < kept_error) & (kept_error > rounding)
+        specs = self.part_specs()
+        # A table that the matrices share is the same in both.
+        return {
+            name: torch.where(change[(..., *[None] * (part.ndim - change.ndim))], fitted[name], part)
+            if specs[name].batched
+            else part
+            for name, part in kept.items()
+        }
+
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dense weight (..., out_features, in_features) that ``parts`` stand for, computed in float32."""
         return transform_weight(self.decode(parts), self, parts).to(dtype)
@@ -179,6 +212,9 @@ class Layout(ABC):
         merged = self.with_rows(total)
         if any(layout.with_rows(total) != merged for layout in layouts):
             return None
+        # Joining would promote a dtype, and with it perhaps the arithmetic of a formula.
+        if any(other[name].dtype != part.dtype for other in parts[1:] for name, part in parts[0].items()):
+            return None
         if any(transform.side == "out" for transform in self.transforms):
             return None
         shared = [name for t in self.transforms for name in t.part_specs(self)]
@@ -196,9 +232,3 @@ class Layout(ABC):
 def nbytes(parts: Parts) -> int:
     """Return how many bytes ``parts`` take in memory."""
     return sum(part.numel() * part.element_size() for part in parts.values())
-
-
-def better(weight: Tensor, layout: Layout, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whichever parts decode nearer to ``weight`` in the sum of squares; ``first`` on a tie."""
-    errors = [(layout.decode(parts) - weight).square().sum() for parts in (first, second)]
-    return second if bool(errors[1] < errors[0]) else first

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import rows
-from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
@@ -126,23 +126,20 @@ class Codebook(Layout):
         weight = self.grid.split(weight) * self.grid.spread(scales)
         return self.grid.join(weight, self.out_features, self.in_features)
 
-    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        kept = {**parts, **self.nearest(weight, parts)}
-        if grid == "keep":
-            return kept
+    def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         # Codebooks are the method's; what can be refitted here is the scale, by least squares on the chosen vectors.
+        kept = {**parts, **self.nearest(weight, parts)}
         shape = self._lookup(kept, self.indices(kept)) * (self._signs(kept) if self.signs else 1.0)
         dims = self.grid.member_dims
         w, v = self.grid.split(weight.float()), self.grid.split(shape)
         scale = (w * v).sum(dims) / v.square().sum(dims).clamp_min(1e-12)
-        refitted = {**parts, **scale_codes("scales", scale, self.scales_nested, parts)}
-        refitted |= self.nearest(weight, refitted)
-        return refitted if grid == "refit" else better(weight, self, kept, refitted)
+        fitted = scale_codes("scales", scale, self.scales_nested, parts)
+        return fitted | self.nearest(weight, {**kept, **fitted})
 
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return ``codes`` (and ``signs``) near to ``weight``.
+        """Return ``codes`` (and ``signs``) near to ``weight``: the nearest for one codebook.
 
-        The nearest for one codebook. For several, from two starts (each codebook in turn on what is left; the codes of
+        For several, from two starts (each codebook in turn on what is left; the codes of
         ``parts``), one codebook at a time is searched again with the others held fixed; the nearer result is taken per block.
         So codes change only where that brings a block nearer. It is the coordinate-wise part of AQLM's search (Egiazarian et
         al. 2024, section 3.2, phase 1), without its beam.
@@ -202,9 +199,6 @@ class Codebook(Layout):
             return None
         result = {"codes": torch.cat([p["codes"] for p in parts], dim=-3), "codebooks": parts[0]["codebooks"], **scales}
         return {**result, "signs": torch.cat([p["signs"] for p in parts], dim=-2)} if self.signs else result
-
-    def with_rows(self, out_features: int) -> Layout:
-        return rows.resize(self, self.grid, out_features)
 
 
 def _nearest_rows(points: Tensor, book: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qhub.layouts import rows
-from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes
 
@@ -53,7 +53,6 @@ class Float8(Layout):
         return self.grid.join(w, self.out_features, self.in_features)
 
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return ``qweight`` with the floats nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
         scale = self.grid.spread(parts["scales"].float())
         ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
         limit = torch.finfo(self.dtype).max
@@ -61,18 +60,11 @@ class Float8(Layout):
         return {"qweight": ratio.contiguous().to(self.dtype)}
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return parts whose scales map the largest magnitude of each group to the format's, with the nearest floats."""
+        # The largest magnitude of each group goes to the format's.
         absmax = self.grid.split(weight.float()).abs().amax(self.grid.member_dims)
         scale = (absmax / torch.finfo(self.dtype).max).clamp_min(1e-12)
         fitted = scale_codes("scales", scale, None, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
-
-    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        kept = {**parts, **self.nearest(weight, parts)}
-        if grid == "keep":
-            return kept
-        refitted = {**parts, **self.fit(weight, parts)}
-        return refitted if grid == "refit" else better(weight, self, kept, refitted)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
         scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
@@ -83,6 +75,3 @@ class Float8(Layout):
         if scales is None:
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), **scales}
-
-    def with_rows(self, out_features: int) -> Layout:
-        return rows.resize(self, self.grid, out_features)

@@ -32,6 +32,10 @@ class Grid:
     rows: int
     cols: int
 
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise LayoutError(f"groups of {self.rows}x{self.cols} weights hold none: choose positive sizes")
+
     @staticmethod
     def along_k(group_size: int) -> Grid:
         """Return groups of ``group_size`` consecutive input features of one row."""
@@ -40,7 +44,8 @@ class Grid:
     @staticmethod
     def flat_runs(group_size: int, in_features: int) -> Grid:
         """Return runs of ``group_size`` in the flattened matrix: blocks of one row where rows hold whole runs."""
-        return Grid.along_k(group_size) if in_features % group_size == 0 else Grid("flat", 1, group_size)
+        flat = Grid("flat", 1, group_size)
+        return flat if in_features % group_size else Grid.along_k(group_size)
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Return the shape of the scale tensor of an (out_features, in_features) matrix."""
@@ -60,10 +65,12 @@ class Grid:
         """View ``weight`` (..., N, K) with group members on their own axes, so that :meth:`spread` scales broadcast."""
         *batch, n, k = weight.shape
         if self.kind == "block":
-            pad_n, pad_k = -n % self.rows, -k % self.cols
+            # A block larger than the matrix is not filled up: one row of a matrix under one scale stays one row.
+            rows, cols = min(self.rows, n), min(self.cols, k)
+            pad_n, pad_k = -n % rows, -k % cols
             if pad_n or pad_k:
                 weight = torch.nn.functional.pad(weight, (0, pad_k, 0, pad_n))
-            return weight.reshape(*batch, (n + pad_n) // self.rows, self.rows, (k + pad_k) // self.cols, self.cols)
+            return weight.reshape(*batch, (n + pad_n) // rows, rows, (k + pad_k) // cols, cols)
         flat = weight.reshape(*batch, n * k)
         if self.kind == "flat":
             if n * k % self.cols:
@@ -105,9 +112,9 @@ class Grid:
         return None
 
     def fits(self, out_features: int, in_features: int) -> bool:
-        """Return whether every group is whole (no ragged edge)."""
+        """Return whether :meth:`split` adds no padding."""
         if self.kind == "block":
-            return out_features % self.rows == 0 and in_features % self.cols == 0
+            return out_features % min(self.rows, out_features) == 0 and in_features % min(self.cols, in_features) == 0
         return math.prod((out_features, in_features)) % self.cols == 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import rows
-from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts, better
+from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
@@ -66,7 +66,6 @@ class Lookup(Layout):
         return self.grid.join(w, self.out_features, self.in_features)
 
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return ``qweight`` with the codes nearest to ``weight`` (..., N, K) under the scales of ``parts``."""
         scale = self.grid.spread(self.scales(parts))
         ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
         table, order = torch.sort(parts["table"])
@@ -75,18 +74,11 @@ class Lookup(Layout):
         return {"qweight": pack(q, self.bits)}
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return parts whose scales map the largest magnitude of each group to the table's, with the nearest codes."""
+        # The largest magnitude of each group goes to the table's.
         absmax = self.grid.split(weight.float()).abs().amax(self.grid.member_dims)
         scale = (absmax / parts["table"].abs().max()).clamp_min(1e-12)
         fitted = scale_codes("scales", scale, self.scales_nested, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
-
-    def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        kept = {**parts, **self.nearest(weight, parts)}
-        if grid == "keep":
-            return kept
-        refitted = {**parts, **self.fit(weight, parts)}
-        return refitted if grid == "refit" else better(weight, self, kept, refitted)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
         scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
@@ -99,6 +91,3 @@ class Lookup(Layout):
         if scales is None or not rows.identical([p["table"] for p in parts]):
             return None
         return {"qweight": torch.cat([p["qweight"] for p in parts], dim=-2), "table": parts[0]["table"], **scales}
-
-    def with_rows(self, out_features: int) -> Layout:
-        return rows.resize(self, self.grid, out_features)

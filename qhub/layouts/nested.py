@@ -73,7 +73,7 @@ class Nested:
         if self.offset:
             flat = flat - parts[f"{name}_offset"].unsqueeze(-1)
         supers = self._fit(flat) if refit else parts[f"{name}_super"].float()
-        stored = supers.to(parts[f"{name}_super"].dtype)
+        stored = saturated(supers, parts[f"{name}_super"].dtype)
         second = self._spread(stored.float(), flat.shape[-1])
         ratio = flat * second if self.divide else flat / torch.where(second == 0, torch.ones_like(second), second)
         dtype = getattr(torch, self.dtype)
@@ -81,8 +81,7 @@ class Nested:
             table = parts[f"{name}_table"]
             code = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
         elif dtype.is_floating_point:
-            limit = torch.finfo(dtype).max
-            code = ratio.clamp(-limit, limit)
+            code = saturated(ratio, dtype)
         else:
             code = ratio.round().clamp(*self.code_range)
         return {name: code.to(dtype).reshape(shape), f"{name}_super": stored}
@@ -137,9 +136,12 @@ def scale_codes(
     """Return the tensors that hold the refitted scales ``values``."""
     if nested:
         return nested.codes(name, values, parts, refit=True)
-    dtype = parts[name].dtype
+    return {name: saturated(values, parts[name].dtype).reshape(parts[name].shape)}
+
+
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` in ``dtype``, the largest finite number for what is beyond it: infinity would spoil a whole group."""
     if dtype.is_floating_point:
-        # A scale beyond float16 saturates; infinity would spoil the whole group.
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)
-    return {name: values.to(dtype).reshape(parts[name].shape)}
+    return values.to(dtype)

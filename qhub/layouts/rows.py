@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,17 +15,7 @@ from qhub.layouts.nested import Nested
 if TYPE_CHECKING:
     from qhub.layouts.base import Layout, Parts
 
-__all__ = ["cut_scales", "identical", "resize", "stack_scales"]
-
-L = TypeVar("L", bound="Layout")
-
-
-def resize(layout: L, grid: Grid, out_features: int) -> L:
-    """Return ``layout`` for ``out_features`` rows; a block that is higher than the matrix is cut to its height."""
-    if grid.kind == "block" and grid.rows > out_features:
-        grid = dataclasses.replace(grid, rows=out_features)
-    return dataclasses.replace(layout, out_features=out_features, grid=grid)  # type: ignore[call-arg]
-
+__all__ = ["cut_scales", "identical", "stack_scales"]
 
 def identical(tensors: Sequence[Tensor]) -> bool:
     """Return whether all ``tensors`` are known to hold the same; on the meta device only one and the same tensor is."""

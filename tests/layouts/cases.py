@@ -216,7 +216,7 @@ def awq(seed: int = 0) -> Case:
 
 def aqlm(nbits: int, count: int, out_group: int = 1, in_group: int = 8, seed: int = 0) -> Case:
     """AQLM: ``count`` codebooks of 2**nbits vectors, a scale per output block."""
-    n, k = 64, 128
+    n, k = 32, 64
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**nbits, (n // out_group, k // in_group, count))
     books = _f16(rng.standard_normal((count, 2**nbits, out_group, in_group)))
@@ -281,12 +281,12 @@ def _quip(n: int, k: int, factor: int, seed: int) -> Case:
 
 def quip_e8p12(seed: int = 0) -> Case:
     """QuIP# E8P12 with signs and Hadamard rotations on both sides."""
-    return _quip(64, 128, 1, seed)
+    return _quip(32, 64, 1, seed)
 
 
 def quip_e8p12_factor(seed: int = 0) -> Case:
     """QuIP# where N and K are 3 times a power of two: a given 3 x 3 orthogonal factor times Sylvester's matrix."""
-    return _quip(48, 96, 3, seed)
+    return _quip(24, 48, 3, seed)
 
 
 def signed_grid(seed: int = 0) -> Case:

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
 from qhub.integrations.transformers import routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
+from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import entries_of_model
 from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
 from qhub.layouts import Layout
@@ -115,6 +116,7 @@ class PluginQuantizer(HfQuantizer):
         model.quantization_method = f"qhub/{self.method}"
         self._model = weakref.proxy(model)
         self._headers = read_headers(checkpoint_files) if checkpoint_files else {}
+        self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
         self._weights = find_weights(model)
         self._notice_skips(model, device_map)
         if self.pre_quantized:
@@ -277,6 +279,8 @@ class PluginQuantizer(HfQuantizer):
         if self._failure is not None:
             raise self._failure
         result = super().postprocess_model(model, **kwargs)
+        if not self.pre_quantized:
+            self.releaser.release()
         self._headers, self._loaded = {}, True
         use_plain_experts(model)
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for no
@@ -318,7 +322,9 @@ class _Quantize(ConversionOps):
             return nn.Parameter(value, requires_grad=value.is_floating_point())
         if quantizer._failure is None:
             try:
-                return nn.Parameter(quantizer.quantize(name, value), requires_grad=False)
+                weight = nn.Parameter(quantizer.quantize(name, value), requires_grad=False)
+                quantizer.releaser.done_with(value.nbytes)
+                return weight
             except QhubError as error:
                 # An exception here would be noted by transformers and the weight filled with random numbers. The first one
                 # is raised when loading ends; what comes after it takes no memory.

@@ -89,7 +89,7 @@ def _refuse_unknown(auto: Any) -> None:
 
 
 def _wrap_model_methods() -> None:
-    """Give quantized models a save that never leaves half a file, and a footprint that counts packed bytes."""
+    """Give quantized models a save that leaves no half file, a push with a true card, a footprint of packed bytes."""
     import sys
 
     modeling = sys.modules.get("transformers.modeling_utils")
@@ -97,10 +97,16 @@ def _wrap_model_methods() -> None:
     if model_class is None:
         # quantizers.auto is imported by modeling_utils itself; the second import hook comes when that one is complete.
         return
+    from qhub.integrations.hub import push_quantized
     from qhub.integrations.transformers.saving import save_quantized
     from qhub.integrations.transformers.weights import memory_footprint
 
-    for method, replacement in (("save_pretrained", save_quantized), ("get_memory_footprint", memory_footprint)):
+    replacements = {
+        "save_pretrained": save_quantized,
+        "push_to_hub": push_quantized,
+        "get_memory_footprint": memory_footprint,
+    }
+    for method, replacement in replacements.items():
         original = getattr(model_class, method)
         if not getattr(original, "_qhub", False):
             setattr(model_class, method, _only_for_quantized(original, replacement))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -73,32 +74,40 @@ def _matrices(model: Any, name: str, weight: QuantizedTensor, original_names: bo
 def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """Save like transformers' own ``save_pretrained`` (``original``), but beside the target, and put the files in place at the end.
 
-    A full disk, an exception or a kill before that leaves the previous files as they were. Also writes a model card unless
-    the folder has one.
+    A full disk, an exception or a kill before that leaves the previous files as they were. Also writes a model card,
+    unless the folder has one that somebody wrote or edited. With ``push_to_hub`` the files are in place before the
+    upload begins.
     """
+    from qhub.integrations.hub import start_push
+    from qhub.integrations.model_card import write_card
+
     target = Path(save_directory)
     if target.is_file():
         raise CheckpointError(f"cannot save to {target}: it is a file, not a folder")
-    if not kwargs.get("is_main_process", args[0] if args else True):
+    call = inspect.signature(original).bind(model, save_directory, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    # transformers saves the adapter alone when one is loaded, and that is what it should push.
+    pushes_adapter = given["push_to_hub"] and getattr(model, "_hf_peft_config_loaded", False)
+    if not given["is_main_process"] or pushes_adapter:
         return original(model, save_directory, *args, **kwargs)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.name)
-    # The entries are in their original names already when transformers gets them.
-    kwargs["save_original_format"] = False
+    push = None
+    if given["push_to_hub"]:
+        push = start_push(model, **{"repo_id": target.absolute().name, "token": given["token"], **given["kwargs"]})
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     try:
-        from qhub.integrations.hub import write_card
-
-        if (target / "README.md").exists():
-            shutil.copy2(target / "README.md", staging / "README.md")
-        else:
-            write_card(model, staging)
-        result = original(model, staging, *args, **kwargs)
+        write_card(model, staging, previous=target / "README.md")
+        # The entries are in their original names already when transformers gets them.
+        given.update(save_directory=staging, push_to_hub=False, save_original_format=False)
+        original(*call.args, **call.kwargs)
+        written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
         publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return result
+    if push is not None:
+        push.send(model, target, written)
+    return None
 
 
 def publish(staging: Path, target: Path) -> None:

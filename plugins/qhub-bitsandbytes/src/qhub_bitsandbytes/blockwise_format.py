@@ -74,7 +74,8 @@ class BlockwiseFormat(Format):
         entries = {
             "weight": self._to_bytes(layout, parts).view(self.storage).unsqueeze(1),
             "weight.absmax": parts["scales"].reshape(-1),
-            "weight.quant_map": parts["table"],
+            # Fused experts share one table in memory, and a file may not hold a tensor under two names.
+            "weight.quant_map": parts["table"].clone(),
         }
         nested = layout.scales_nested
         if nested is None:
@@ -88,7 +89,7 @@ class BlockwiseFormat(Format):
                 state, nested_blocksize=nested.group, nested_offset=float(parts["scales_offset"])
             )
             entries["weight.nested_absmax"] = parts["scales_super"].float()
-            entries["weight.nested_quant_map"] = parts["scales_table"]
+            entries["weight.nested_quant_map"] = parts["scales_table"].clone()
         return entries | {STATE_NAMES[quant_type]: write_state(state)}
 
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qhub.config import ConfigSpec
 from qhub.errors import ConfigError
+from qhub_hqq.initialize import initialize
 from qhub_hqq.settings import disagreement, ignore, is_per_layer, settings_of
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def stand_in(module: ModuleType) -> None:
     ``module``: ``transformers.utils.quantization_config``. The class stays itself, its ``__init__`` is replaced.
     """
     if importlib.util.find_spec("hqq") is None:
-        from qhub_hqq.hqq_config import HqqConfig
-
-        module.HqqConfig.__init__ = HqqConfig.__init__
+        module.HqqConfig.__init__ = initialize
 
 
 def findings() -> list[Finding]:

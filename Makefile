@@ -1,0 +1,46 @@
+# Everything starts from a bare Python 3.11 to 3.13; `make install` makes .venv, the other targets depend on it.
+PYTHON ?= python3
+# A version for which the package index has a wheel here; any torch >= 2.11 does.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*)
+STAMP := $(VENV)/.installed
+# Two test processes with one thread each are faster on two cores than one with two.
+JOBS ?= 2
+
+.PHONY: install demo test test-all check format tables clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "hatchling>=1.25" "editables>=0.5"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]" $(foreach plugin,$(PLUGINS),-e $(plugin))
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+tables: $(STAMP)
+	$(BIN)/python docs/tables.py
+
+clean:
+	rm -rf $(VENV) demo-out

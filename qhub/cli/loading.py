@@ -1,0 +1,168 @@
+"""Loads what commands work on: models of whatever class, tokenizers, the files beside the weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qhub.errors import CheckpointError
+
+__all__ = [
+    "DeviceMap",
+    "Dtype",
+    "Model",
+    "copy_companions",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "local_folder",
+    "parse_device_map",
+    "parse_dtype",
+    "weight_files",
+]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a model, or the name of one on the Hub.", show_default=False)]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: as the checkpoint has it.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help='Where the model goes: auto, cpu, cuda:0, or JSON such as {"": "cpu"}.', show_default="the CPU"
+    ),
+]
+
+# What makes a folder usable besides weights and config.json: tokenizer, processors, chat templates. The model writes its own
+# generation_config.json.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+)
+
+
+def parse_dtype(name: str) -> Any:
+    """Return the torch dtype of that ``name``, or ``"auto"``; anything else is wrong usage."""
+    import torch
+
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise typer.BadParameter(f"{name!r} is no float dtype: take auto, float32, bfloat16 or float16", param_hint="--dtype")
+    return dtype
+
+
+def parse_device_map(text: str | None) -> Any:
+    """Return a device map for transformers: a word as it is, JSON as a dict."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}", param_hint="--device-map") from error
+
+
+def load_config(model: str) -> Any:
+    """Return the model's config; a path that does not exist, or a folder without a config.json, is wrong usage."""
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise typer.BadParameter(f"the folder {model} has no config.json, so it is no model", param_hint="MODEL")
+        try:
+            return AutoConfig.from_pretrained(path)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{path / 'config.json'} is no config that transformers reads: {error}") from error
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise typer.BadParameter(f"there is no folder {model}", param_hint="MODEL")
+    return AutoConfig.from_pretrained(model)
+
+
+def load_model(model: str, **options: Any) -> Any:
+    """Return the model, in the class that its config names; ``options``: for ``from_pretrained``."""
+    import transformers
+
+    from qhub.integrations.transformers import install
+
+    # Whoever calls qhub by name wants it, with the automatic loading off too.
+    install()
+    config = load_config(model)
+    name = next(iter(config.architectures or []), "")
+    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    return cls.from_pretrained(str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, **options)
+
+
+def load_tokenizer(*models: str) -> Any:
+    """Return the tokenizer of the first of ``models`` that has one.
+
+    Raises :class:`CheckpointError` when none has.
+    """
+    from transformers import AutoTokenizer
+
+    failures = []
+    for model in models:
+        folder = local_folder(model)
+        if not any(fnmatch.fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in _COMPANIONS[:3]):
+            failures.append(f"{model} has no tokenizer files")
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (ValueError, KeyError, TypeError) as error:
+            failures.append(f"{model}: {error}")
+    raise CheckpointError(f"no tokenizer: {'; '.join(failures)}. Name a folder that has one with --tokenizer")
+
+
+def local_folder(model: str) -> Path:
+    """Return the folder of ``model``; for one on the Hub its small files are downloaded, weights are where they were."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=[*_COMPANIONS, "*.safetensors.index.json"]))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the model in ``folder``; those that an index names, if there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names if (folder / name).is_file()]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, processor and chat template files byte for byte, each put in place in one step; return their names."""
+    copied = []
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source).as_posix()
+        if not file.is_file() or not any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS):
+            continue
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{file.name}.", dir=place.parent)
+        os.close(handle)
+        try:
+            shutil.copyfile(file, beside)
+            Path(beside).chmod(0o644)
+            Path(beside).replace(place)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+        copied.append(name)
+    return copied

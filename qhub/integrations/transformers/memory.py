@@ -1,0 +1,55 @@
+"""Keeps quantizing on the fly small: gives back file pages and freed memory that the process would hold until loading ends.
+
+transformers maps every shard and closes none before the last weight is read, so the pages of a whole 16-bit model would count
+as the process's; and the C library keeps the freed temporaries of one weight in its heap, pinned by the packed weights
+allocated between them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Releaser"]
+
+# Bytes read between two releases: often enough to stay far below a shard, seldom enough to cost nothing.
+_INTERVAL = 32 << 20
+_MADV_DONTNEED = 4
+
+
+class Releaser:
+    """Gives memory back while the weights of ``files`` are quantized one after the other; does nothing but on Linux."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {str(file.resolve()) for file in files}
+        self._pending = 0
+
+    def done_with(self, nbytes: int) -> None:
+        """Note that ``nbytes`` of the files were read and are not needed again."""
+        self._pending += nbytes
+        if self._pending >= _INTERVAL:
+            self._pending = 0
+            self.release()
+
+    def release(self) -> None:
+        """Drop clean pages of the files from memory (they are read again if touched) and trim the heap."""
+        libc = _libc()
+        if libc is None:
+            return
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in self._files:
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                # Private mappings of files that nothing writes to while loading: dropping a page loses nothing.
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

@@ -1,0 +1,108 @@
+"""Checks every quantized layer against ``x @ dequantize().T`` in float64, for few and many rows, in two dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qhub.testing.conformance.subject import KitBase, Subject
+from qhub.testing.conformance.workbench import Workbench, matrices_of, quantized_weights
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["NumericsChecks", "allowed_error"]
+
+# One row is decoding, three a small batch, seventeen no multiple of any tile.
+_ROWS = (1, 3, 17)
+
+
+def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tensor, bias: Tensor | None) -> Tensor:
+    """Return how far each element of a product (M, N) may lie from ``exact``.
+
+    ``x`` (M, K): the input as given. ``dense`` (N, K), ``exact`` (M, N), ``bias`` (N): float64. With u the unit roundoff of the
+    dtype that the product runs in: weights and inputs are rounded to it once each, the output once, and once more to x's dtype;
+    sums of K products in float32 round K times (Higham 2002, section 3.1). A rotated layout rounds what it stores, not ``dense``,
+    so errors are bounded through norms, which rotations keep. An activation scheme adds half a step per input.
+    """
+    compute = torch.finfo(weight.compute_dtype or x.dtype).eps / 2
+    output = torch.finfo(x.dtype).eps / 2
+    k = x.shape[1]
+    rows = x.double().norm(dim=1, keepdim=True)
+    columns = dense.norm(dim=1)
+    # x, W, and the scale within W's formula; three roundings at most, plus those of transforms.
+    roundings = 3 + 2 * len(weight.quant_layout.transforms)
+    bound = rows * columns * (roundings * compute + 2 * k * torch.finfo(torch.float32).eps / 2)
+    bound = bound + exact.abs() * (compute + output)
+    if bias is not None:
+        bound = bound + bias.abs() * (compute + output)
+    scheme = weight.quant_layout.activation
+    if scheme.kind == "int8":
+        step = x.double().abs().amax(dim=1, keepdim=True) / 127
+        bound = bound + 0.5 * step * dense.abs().sum(dim=1) * (1 + compute)
+    elif scheme.kind == "float8":
+        # E4M3 has three explicit bits: half a step is at most 2^-4 of the value, or of the smallest normal one.
+        smallest = x.double().abs().amax(dim=1, keepdim=True) / 448 * 2.0**-6
+        bound = bound + 2.0**-4 * (rows * columns + smallest * dense.abs().sum(dim=1))
+    return bound
+
+
+class NumericsChecks(KitBase):
+    """Runs the layers with whatever kernel the dispatcher picks."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_every_layer_matches_float64(self, subject: Subject, dtype: torch.dtype, bench: Workbench) -> None:
+        """Each layer's output lies within rounding of the float64 product with its dequantized weight, bias included."""
+        generator = torch.Generator().manual_seed(2)
+        for name, weight, run, bias in _layers(bench.model(subject)):
+            dense = weight.dequantize(torch.float32).double()
+            for count in _ROWS:
+                x = torch.randn(count, weight.shape[1], generator=generator).to(dtype)
+                with torch.no_grad():
+                    found = run(x)
+                assert found.dtype == dtype, f"{name}: {dtype} input gives {found.dtype}"
+                exact = torch.nn.functional.linear(x.double(), dense)
+                allowed = allowed_error(x, weight, dense, exact, bias)
+                exact = exact if bias is None else exact + bias
+                excess = ((found.double() - exact).abs() / allowed.clamp_min(1e-30)).max()
+                assert float(excess) <= 1, (
+                    f"{name}, M={count}: {float(excess):.2f} times further from the float64 product than rounding explains "
+                    f"({weight.quant_layout})"
+                )
+
+    def test_dequantize_is_a_function_of_the_parts(self, single: Subject, bench: Workbench) -> None:
+        """Dequantizing changes nothing, twice gives the same, and a lower dtype is the float32 result rounded."""
+        for name, weight in quantized_weights(bench.model(single)).items():
+            first = weight.dequantize(torch.float32)
+            assert bool(torch.isfinite(first).all()), f"{name} dequantizes to NaN or infinity"
+            assert torch.equal(weight.dequantize(torch.bfloat16), first.to(torch.bfloat16)), name
+            assert torch.equal(weight.dequantize(torch.float32), first), name
+            assert first.shape == weight.shape
+
+    def test_gradients_flow_to_inputs(self, single: Subject, bench: Workbench) -> None:
+        """The input's gradient is grad @ dequantize(), and the weight takes none."""
+        name, weight, run, _ = next(_layers(bench.model(single)))
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
+        y = run(x)
+        outer = torch.ones_like(y)
+        y.backward(outer)
+        dense = weight.dequantize(torch.float32).double()
+        exact = outer.double() @ dense
+        unit = torch.finfo(weight.compute_dtype or x.dtype).eps
+        allowed = 4 * unit * outer.double().norm(dim=1, keepdim=True) * dense.norm(dim=0) * len(dense) ** 0.5 + 1e-12
+        assert x.grad is not None, f"{name}: no gradient reached the input"
+        assert bool(((x.grad.double() - exact).abs() <= allowed).all()), f"{name}: the input's gradient is wrong"
+        assert weight.grad is None
+
+
+def _layers(model: Any) -> Iterator[tuple[str, QuantizedTensor, Any, Tensor | None]]:
+    """Yield (name, matrix (N, K), function of x, bias) for every quantized layer; fused experts one by one."""
+    for name, weight in quantized_weights(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, torch.nn.Linear):
+            yield name, weight, module, None if module.bias is None else module.bias.detach().double()
+            continue
+        for index, matrix in enumerate(matrices_of(weight)):
+            yield f"{name}[{index}]", matrix, lambda x, m=matrix: torch.nn.functional.linear(x, m), None

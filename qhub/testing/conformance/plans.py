@@ -1,0 +1,140 @@
+"""Checks that a plan made without data is the plan of the real weights, and that quantizing gives what was planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qhub.errors import LayoutError
+from qhub.layouts import Layout
+from qhub.plan import LayerPlan
+from qhub.registry import registry
+from qhub.testing.conformance.subject import KitBase, Subject
+from qhub.testing.conformance.workbench import Workbench, quantized_weights
+
+__all__ = ["PlanChecks"]
+
+# A weight of a trained layer is around this large; what a dead row decodes to must be nothing beside it.
+_TYPICAL, _NOTHING = 0.02, 1e-3
+
+
+class PlanChecks(KitBase):
+    """Asks the hooks ``qhub_plan`` and ``qhub_quantize`` directly."""
+
+    def _planned(self, config: int, bench: Workbench) -> Iterator[LayerPlan]:
+        """Yield one plan per distinct layout that ``config`` gives to the tiny models."""
+        seen: set[Layout] = set()
+        for architecture in self.architectures:
+            for planned in bench.model(Subject(config, architecture)).hf_quantizer.plan.values():
+                if planned.layout not in seen:
+                    seen.add(planned.layout)
+                    yield planned
+
+    def test_plan_needs_no_data(self, subject: Subject, bench: Workbench) -> None:
+        """On the meta device the plan has the same layouts as the quantized model, and each one fits its weight."""
+        from qhub.integrations.transformers.weights import find_weights
+
+        if subject.architecture is None:
+            pytest.skip("a checkpoint's plan is checked against its files when it is loaded")
+        model = bench.model(subject)
+        real = {name: weight.quant_layout for name, weight in quantized_weights(model).items()}
+        infos = [info for name, info in find_weights(bench.meta_model(subject.architecture)).items() if name in real]
+        config = model.hf_quantizer.quantization_config
+        plans = [registry.call(self.method, "qhub_plan", config=config, weights=infos) for _ in range(2)]
+        assert dict(plans[0]) == dict(plans[1]), "two calls of qhub_plan with the same arguments differ"
+        for info in infos:
+            planned = plans[0].get(info.name)
+            assert isinstance(planned, LayerPlan), f"{info.name} is quantized, but on the meta device its plan is {planned!r}"
+            assert planned.layout == real[info.name], f"{info.name}: planned {planned.layout}, real {real[info.name]}"
+            size = (planned.layout.out_features, planned.layout.in_features)
+            assert size == (info.out_features, info.in_features), f"{info.name}: the layout is for {size}"
+            hash(planned.layout)
+
+    def test_every_weight_is_quantized_or_explained(self, subject: Subject, bench: Workbench) -> None:
+        """Nothing is left out in silence: a weight is quantized, or the report says why not."""
+        from qhub.integrations.transformers.weights import find_weights
+
+        model = bench.model(subject)
+        done, skipped = set(quantized_weights(model)), model.hf_quantizer.skipped
+        assert done, "nothing was quantized"
+        assert done == set(model.hf_quantizer.plan), "the plan and the model disagree"
+        for name in set(find_weights(model)) - done:
+            assert skipped.get(name), f"{name} is dense and no reason is given"
+            assert "planned nothing" not in skipped[name], f"{name}: {skipped[name]}; return a Skip with the reason"
+
+    def test_tensors_fit_their_layout(self, subject: Subject, bench: Workbench) -> None:
+        """The parts of every quantized weight are those of its layout, with possible values."""
+        for name, weight in quantized_weights(bench.model(subject)).items():
+            try:
+                weight.quant_layout.validate(weight.parts)
+                weight.quant_layout.check_values(weight.parts)
+            except LayoutError as error:
+                raise AssertionError(f"{name}: {error}") from error
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+    def test_quantizing_gives_what_was_planned(self, config: int, dtype: torch.dtype, bench: Workbench) -> None:
+        """qhub_quantize returns valid parts for a weight of each dtype, leaves the weight alone, and is not worse than nothing."""
+        self._need_quantizing()
+        generator = torch.Generator().manual_seed(0)
+        for planned in self._planned(config, bench):
+            layout = planned.layout
+            shape = (layout.out_features, layout.in_features)
+            weight = (_TYPICAL * torch.randn(shape, generator=generator)).to(dtype)
+            found = self._quantize(config, weight, planned, bench)
+            ratio = _sqnr(weight, found)
+            floor = self.min_sqnr.get(config, 0.0) if dtype == torch.float32 else 0.0
+            assert ratio > 0.0, f"{layout}: {ratio:.1f} dB, further from the weight than zero is"
+            assert ratio >= floor, f"{layout}: {ratio:.2f} dB, the class asks for {floor} dB"
+
+    @pytest.mark.parametrize("kind", ["zeros", "dead rows", "one outlier"])
+    def test_odd_weights_stay_finite(self, config: int, kind: str, bench: Workbench) -> None:
+        """Experts that never trained, dead rows and outliers happen: they give finite numbers, and dead rows stay dead."""
+        self._need_quantizing()
+        generator = torch.Generator().manual_seed(1)
+        for planned in self._planned(config, bench):
+            shape = (planned.layout.out_features, planned.layout.in_features)
+            weight = _TYPICAL * torch.randn(shape, generator=generator)
+            if kind == "zeros":
+                weight.zero_()
+            elif kind == "dead rows":
+                weight[: shape[0] // 2] = 0.0
+            else:
+                weight[0, 0] = 50.0
+            found = self._quantize(config, weight, planned, bench)
+            assert bool(torch.isfinite(found).all()), f"{planned.layout}: a weight with {kind} dequantizes to NaN or infinity"
+            if kind == "zeros":
+                assert float(found.abs().max()) < _NOTHING, f"{planned.layout}: zeros dequantize to {float(found.abs().max())}"
+
+    def _need_quantizing(self) -> None:
+        if not self.can_quantize:
+            pytest.skip(f"{self.method} does not quantize")
+
+    def _quantize(self, config: int, weight: Tensor, planned: LayerPlan, bench: Workbench) -> Tensor:
+        if planned.statistics:
+            pytest.skip(f"{self.method} quantizes with statistics of the inputs ({planned.statistics}), which only a model has")
+        before = weight.clone()
+        parsed = bench.parse(bench.configs[config])
+        with torch.no_grad():
+            parts = registry.call(
+                self.method, "qhub_quantize", config=parsed, weight=weight, layout=planned.layout, statistics={}
+            )
+        assert torch.equal(weight, before), "qhub_quantize wrote into the weight it was given"
+        try:
+            planned.layout.validate(parts)
+            planned.layout.check_values(parts)
+        except LayoutError as error:
+            raise AssertionError(f"qhub_quantize for {planned.layout}: {error}") from error
+        for name, part in parts.items():
+            assert part.device == weight.device, f"part {name!r} is on {part.device}, the weight on {weight.device}"
+            assert not part.requires_grad, f"part {name!r} requires gradients"
+        return planned.layout.dequantize(parts)
+
+
+def _sqnr(weight: Tensor, found: Tensor) -> float:
+    """Return the signal-to-noise ratio of ``found`` in dB, in float64."""
+    error = (found.double() - weight.double()).square().sum()
+    return math.inf if float(error) == 0 else 10 * math.log10(float(weight.double().square().sum() / error))

@@ -1,0 +1,106 @@
+"""What is tested: the attributes that a plugin author sets, and the cases that pytest makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from qhub.testing.conformance.workbench import Workbench
+
+__all__ = ["KitBase", "Subject", "label"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Is one model to test.
+
+    Either ``config`` (index into the class's ``configs``) put on a tiny random ``architecture``, or ``checkpoint``: a folder with
+    a quantized model that something else wrote.
+    """
+
+    config: int | None = None
+    architecture: str | None = None
+    checkpoint: Path | None = None
+
+
+def label(values: Mapping[str, Any]) -> str:
+    """Return a short test id for config ``values``."""
+    return ",".join(f"{key}={value}" for key, value in values.items()) or "defaults"
+
+
+class KitBase:
+    """Holds what an author sets; :class:`qhub.testing.MethodConformance` brings the tests.
+
+    ``method``: the ``quant_method``, which is the entry point's name. ``configs``: values as in a ``config.json``, without
+    ``quant_method``; three that differ in what matters keep the run under a minute. ``bad_configs``: values that must raise
+    :class:`qhub.errors.ConfigError`, when parsed or when planned for a Llama of ``hidden_size``. ``can_quantize``: False for a
+    method that only loads; it must give ``checkpoint``. ``checkpoint``: a folder with a quantized causal language model
+    (config.json, *.safetensors; a tiny one) that the method's own library wrote, or several folders; None for none.
+    ``native_packages``: libraries that importing the plugin's entry module must never import. ``min_sqnr``: {index of the
+    config: lowest signal-to-noise ratio in dB of a normally distributed weight}. ``architectures``: tiny models that each config
+    is put on; the first one also serves tests that need only one. ``hidden_size``: of those models; a multiple of 16.
+    """
+
+    method: ClassVar[str] = ""
+    configs: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    bad_configs: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    can_quantize: ClassVar[bool] = True
+    checkpoint: ClassVar[str | Path | Sequence[str | Path] | None] = None
+    native_packages: ClassVar[Sequence[str]] = ()
+    min_sqnr: ClassVar[Mapping[int, float]] = {}
+    architectures: ClassVar[Sequence[str]] = ("llama", "opt", "qwen3_moe")
+    hidden_size: ClassVar[int] = 128
+
+    @classmethod
+    def checkpoints(cls) -> list[Path]:
+        """Return the folders of :attr:`checkpoint`."""
+        given = cls.checkpoint
+        if given is None:
+            return []
+        return [Path(given)] if isinstance(given, (str, Path)) else [Path(one) for one in given]
+
+    @classmethod
+    def all_configs(cls) -> list[dict[str, Any]]:
+        """Return :attr:`configs`, then those of the checkpoints."""
+        stored = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in cls.checkpoints()]
+        return [{k: v for k, v in values.items() if k != "quant_method"} for values in (*cls.configs, *stored)]
+
+    @classmethod
+    def subjects(cls, every_architecture: bool) -> Iterator[tuple[str, Subject]]:
+        """Yield (test id, subject); one architecture per config unless ``every_architecture``."""
+        if cls.can_quantize:
+            for index, values in enumerate(cls.configs):
+                for architecture in cls.architectures if every_architecture else cls.architectures[:1]:
+                    yield f"{label(values)}/{architecture}", Subject(index, architecture)
+        for folder in cls.checkpoints():
+            yield folder.name, Subject(checkpoint=folder)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Make one test per case out of the arguments that a test takes: subject, single, values, config, bad_config."""
+        cls = type(self)
+        cases: dict[str, list[tuple[str, Any]]] = {
+            "subject": list(cls.subjects(every_architecture=True)),
+            "single": list(cls.subjects(every_architecture=False)),
+            "values": [(label(values)[:60], values) for values in cls.all_configs()],
+            "config": [(label(values), index) for index, values in enumerate(cls.configs)],
+            "bad_config": [(label(values), values) for values in cls.bad_configs],
+        }
+        for name, made in cases.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, [value for _, value in made], ids=[ident for ident, _ in made], scope="class")
+
+    @pytest.fixture(scope="class")
+    def bench(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+        """Give the models of this class, made when first asked for."""
+        threads = torch.get_num_threads()
+        # On matrices this small a second thread only waits, and on a busy machine it waits long.
+        torch.set_num_threads(1)
+        cls = request.cls
+        yield Workbench(cls.method, list(cls.configs), cls.hidden_size, tmp_path_factory)
+        torch.set_num_threads(threads)

@@ -1,0 +1,22 @@
+"""Small tensors: one thread is faster than two that wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply by the reference, whatever kernels are installed: these tests are about layouts."""
+    monkeypatch.setenv("QHUB_KERNEL", "reference")
