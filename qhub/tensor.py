@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from qhub.errors import LayoutError, UnsupportedError
 from qhub.layouts import Layout, nbytes
+from qhub.layouts.rows import identical
 from qhub.layouts.keys import layout_key, layout_of
 from qhub.merging import AdapterPolicy
 
@@ -264,25 +265,28 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return targets[0] if targets else result
 
 
-def _linear_function(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear_function(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     from qhub.kernels.linear import linear
 
-    if isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+    if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
         return NotImplemented
     if weight.ndim != 2 or weight.transposed or isinstance(bias, QuantizedTensor):
         return NotImplemented
-    return linear(x, weight, bias)
+    return linear(input, weight, bias)
 
 
-def _matmul_function(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Any:
+def _matmul_function(input: Tensor, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
     """Send ``x @ w.T`` to the kernels; other products run on the dequantized weight."""
     from qhub.kernels.linear import linear
 
-    if out is not None or isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
+    # torch.matmul calls it "other", torch.mm "mat2".
+    others = (*args, *kwargs.values())
+    weight = others[0]
+    if len(others) > 1 or out is not None or isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
         return NotImplemented
-    if weight.ndim != 2 or not weight.transposed or x.ndim < 1:
+    if weight.ndim != 2 or not weight.transposed or input.ndim < 1:
         return NotImplemented
-    return linear(x, weight._like(weight.parts, transposed=False))
+    return linear(input, weight._like(weight.parts, transposed=False))
 
 
 def _set_data(self: Tensor, value: Tensor) -> Any:
@@ -341,6 +345,14 @@ def _transpose(self: QuantizedTensor, first: int = 0, second: int = 1) -> Any:
     if {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
         return NotImplemented
     return self._like(self.parts, transposed=not self.transposed)
+
+
+def _permute(self: QuantizedTensor, dims: list[int]) -> Any:
+    """Take ``w.T``, which torch spells as a permutation."""
+    wanted, places = [dim % self.ndim for dim in dims], list(range(self.ndim))
+    if wanted == places:
+        return _alias(self)
+    return _transpose(self, -2, -1) if wanted == [*places[:-2], places[-1], places[-2]] else NotImplemented
 
 
 def _batch_index(self: QuantizedTensor, dim: int) -> bool:
@@ -462,7 +474,10 @@ def _copy(self: Any, source: Tensor, non_blocking: bool = False) -> Any:
         return self
     if isinstance(source, QuantizedTensor):
         same = source.quant_layout == self.quant_layout and source.transposed == self.transposed
-        if same and source.shape == self.shape:
+        # A table may belong to other experts and layers too: it is never overwritten.
+        specs = self.quant_layout.part_specs()
+        tables = ((self.parts[name], source.parts[name]) for name, spec in specs.items() if not spec.batched) if same else ()
+        if same and source.shape == self.shape and all(identical(pair) for pair in tables):
             for name, part in self.parts.items():
                 part.copy_(source.parts[name], non_blocking=non_blocking)
             return self
@@ -483,6 +498,7 @@ _OPERATORS: dict[Any, Callable] = {
     aten._to_copy.default: _to_copy,
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,

@@ -5,6 +5,7 @@ output.py    results as tables or as JSON on stdout, everything else on stderr
 loading.py   models, tokenizers and configs for commands that take a MODEL
 measure.py   what a quantized model holds: layouts, bits per weight, shares
 list_.py doctor.py quantize.py inspect_.py eval_.py explain.py   the commands
+checks.py    what `qhub doctor` checks
 
 Exit codes: 0 done, 1 it failed or what it found is negative, 2 the command was used wrongly.
 """

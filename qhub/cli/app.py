@@ -47,8 +47,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (QhubError, OSError) as error:
-            # OSError: what transformers and huggingface_hub raise for a model that is not there, besides the disk's own.
+        except (QhubError, OSError, ImportError) as error:
+            # What transformers raises besides: OSError for a model that is not there, as huggingface_hub and the disk do;
+            # ImportError for a package that one of its own methods needs.
             if os.environ.get("QHUB_TRACEBACK", "0") not in ("", "0"):
                 raise
             fail(str(error) or repr(error), json_wanted(ctx), type(error).__name__)
@@ -123,18 +124,19 @@ def _version(value: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)] = False,
 ) -> None:
-    """Quantize models with any installed method, look into the result and measure it.
+    """Quantize models with any method, look into the result and measure it.
 
     \b
     Start here:
-      qhub list                                     which methods are installed
-      qhub doctor                                   whether they can work on this machine
-      qhub quantize MODEL --method hqq --out DIR    quantize a folder or a Hub model
-      qhub inspect DIR                              what is in the result
-      qhub eval DIR --base MODEL                    what it costs in quality
+      qhub list                                   which methods are installed
+      qhub doctor                                 whether they can work here
+      qhub quantize MODEL --method hqq --out DIR  a folder or a Hub model
+      qhub inspect DIR                            what is in the result
+      qhub eval DIR --base MODEL                  what it costs in quality
 
-    Each command has its own help: qhub quantize --help. Commands print results on stdout and progress on stderr; exit codes
-    are 0 (done), 1 (failed, or a negative finding) and 2 (wrong usage).
+    Each command has its own help, such as qhub quantize --help.
+    Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed
+    or a negative finding, 2 wrong usage.
     """
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LayoutGroup", "Shares", "bits_on_disk", "groups_of", "layout_text", "quantizer_of", "shares_of", "skips_by_reason"]
+__all__ = ["LayoutGroup", "Shares", "bits_on_disk", "groups_of", "layout_text", "quantizer_of", "shapeless", "shares_of", "skips_by_reason"]
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,37 @@ def groups_of(model: Any) -> list[LayoutGroup]:
 
 
 def shapeless(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return a layout's description without what differs from layer to layer."""
-    return {key: value for key, value in layout.items() if key not in ("out_features", "in_features")}
+    """Return a layout's description without what only the shape decides: a grid of whole rows is just ``"row"``."""
+    n, k = layout["out_features"], layout["in_features"]
+    result = {key: value for key, value in layout.items() if key not in ("out_features", "in_features")}
+    grid = result.get("grid")
+    if grid is not None and (grid.kind, grid.cols) == ("block", k) and grid.rows in (1, n):
+        result["grid"] = "row" if grid.rows == 1 else "tensor"
+    if "activation" in result and result["activation"].kind == "none":
+        del result["activation"]
+    return result
 
 
 def layout_text(layout: dict[str, Any]) -> str:
-    """Return a layout's description in one line: ``affine, bits 4, grid block 1x64``."""
-    return ", ".join([str(layout["kind"]), *(_field(key, value) for key, value in layout.items() if key != "kind")])
+    """Return a description of :func:`shapeless` in one line: ``affine 4-bit, groups of 64``."""
+    head = f"{layout['kind']} {layout['bits']}-bit" if "bits" in layout else str(layout["kind"])
+    return ", ".join([head, *(_field(key, value) for key, value in layout.items() if key not in ("kind", "bits"))])
 
 
 def _field(key: str, value: Any) -> str:
     if key == "grid":
+        if isinstance(value, str):
+            return f"one scale a {value}"
         return f"groups of {value.cols}" if (value.kind, value.rows) == ("block", 1) else f"{value.kind} {value.rows}x{value.cols}"
-    if key == "activation":
-        return f"activation {value.kind}"
     if key == "transforms":
         return "transforms " + " ".join(f"{transform.side}:{transform.kind}" for transform in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        said = [_field(name, one) for name, one in inner.items() if one not in (None, False, 0)]
+        return f"{key} ({', '.join(said)})"
     if value is True:
         return key
-    return f"{key} {str(value).removeprefix('torch.')}"
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {str(value).removeprefix('torch.')}"
 
 
 def shares_of(model: Any) -> Shares:

@@ -1,8 +1,9 @@
 """Lets plugins prepare transformers' config classes, so that they can be made without the method's own library.
 
-Some of those classes import the library in ``__init__`` and refuse to be made without it. A plugin that needs no library
-announces a function in the entry-point group ``qhub.configs`` (the entry's name is the ``quant_method``). It is called once,
-with the complete module ``transformers.utils.quantization_config``, and must be light: it runs before anything is quantized.
+Some of those classes import the library in ``__init__`` and refuse to be made without it. A plugin that needs no
+library announces a function in the entry-point group ``qhub.configs`` (the entry's name is the ``quant_method``). It is
+called once, with the complete module ``transformers.utils.quantization_config``, and must be light: it runs before
+anything is quantized.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def prepare(module: ModuleType) -> None:
 
 
 class _Incomplete(ModuleType):
-    """Is a module in the middle of its import: prepares it at its first use afterwards (as importlib.util.LazyLoader does)."""
+    """Is a module in the middle of its import: prepared at its first use (like importlib.util.LazyLoader)."""
 
     def __getattribute__(self, name: str) -> Any:
         get = super().__getattribute__
@@ -47,8 +48,8 @@ def _call_plugins(module: ModuleType) -> None:
             entry.load()(module)
         except Exception as error:
             warnings.warn(
-                f"qhub goes on without {entry.value} of the plugin {entry.name!r}, which prepares transformers' config classes: "
-                f"{type(error).__name__}: {error}",
+                f"qhub goes on without {entry.value} of the plugin {entry.name!r}, which prepares transformers' "
+                f"config classes: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )

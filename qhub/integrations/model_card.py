@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,7 +89,7 @@ def card_text(model: Any, repo_id: str | None = None, tags: Iterable[str] = (), 
 
 
 def write_card(model: Any, folder: Path, previous: Path | None = None) -> None:
-    """Write ``README.md`` into ``folder``: a copy of the file ``previous`` if somebody wrote or edited it, else a new card.
+    """Write ``README.md`` into ``folder``: a copy of ``previous`` if that is one that somebody edited, else a new card.
 
     A model with an adapter loaded gets no card of qhub's: transformers saves the adapter only.
     """
@@ -107,10 +108,10 @@ def card_tags(model: Any) -> list[str]:
     coded = count = 0
     for parameter in model.parameters():
         if isinstance(parameter, QuantizedTensor):
-            # People say "4-bit" for 4-bit codes, whatever their scales take: the largest part that is no float but an
-            # 8-bit one is the codes.
-            sizes = [p.nbytes for p in parameter.parts.values() if not p.is_floating_point() or p.element_size() == 1]
-            coded += max(sizes, default=0)
+            # People say "4-bit" for 4-bit codes, whatever scales and tables take: codes are integers or 8-bit floats.
+            layout = parameter.quant_layout
+            parts = [parameter.parts[name] for name in layout.core_specs().keys() - layout.scale_tensors().keys()]
+            coded += sum(p.nbytes for p in parts if not p.is_floating_point() or p.element_size() == 1)
             count += parameter.numel()
     bits = [f"{round(8 * coded / count)}-bit"] if coded else []
     return ["qhub", model.hf_quantizer.method, "quantized", *bits]
@@ -167,7 +168,7 @@ def _base_model(model: Any, repo_id: str | None, previous: str | None) -> tuple[
     folder = Path(name)
     card = "the previous model card"
     # A local path says nothing to others, and is nobody's business; the card of what lies there may say more.
-    if name and folder.exists():
+    if os.path.exists(name):  # noqa: PTH110 - Path.exists raises on a name that is too long for a path
         readme = folder / "README.md"
         if previous is None and readme.is_file():
             previous, card = readme.read_text(encoding="utf-8", errors="replace"), str(readme)

@@ -31,7 +31,8 @@ def linear_parts(
     them up in the process-wide table, which hashes the layout at each call. ``key``: of :func:`layout_key`, if known.
     """
     out_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    # torch knows no autocast on the meta device, and raises when asked.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(out_dtype)
     if compute_dtype is not None and x.dtype != compute_dtype:

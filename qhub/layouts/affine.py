@@ -24,13 +24,13 @@ __all__ = ["Affine"]
 class Affine(Layout):
     """Stores integers q of ``bits`` bits with a scale, and maybe a zero, per group.
 
-    Parts: ``qweight`` (N, packed_length(K)) uint8, see :mod:`qhub.layouts.packing` (int8 (N, K) when ``signed``); ``scales`` of
-    ``grid.scale_shape``; ``zeros`` of the same shape unless ``zero="constant"``.
+    Parts: ``qweight`` (N, packed_length(K)) uint8, see :mod:`qhub.layouts.packing` (int8 (N, K) when ``signed``);
+    ``scales`` of ``grid.scale_shape``; ``zeros`` of the same shape unless ``zero="constant"``.
 
-    ``zero``: ``"constant"``: w = scale * (q - zero_point); ``"value"``: w = scale * (q - zeros), zeros integer or float;
-    ``"offset"``: w = scale * q + zeros. ``unit``: a constant factor of the scales (1/127 where a row's absmax is stored).
-    ``math``: the dtype of the formula: ``"float32"``, or ``"scales"`` for methods that define it in the scales' own.
-    ``scales_nested``, ``zeros_nested``: second-level quantization, None for plain tensors.
+    ``zero``: ``"constant"``: w = scale * (q - zero_point); ``"value"``: w = scale * (q - zeros), zeros integer or
+    float; ``"offset"``: w = scale * q + zeros. ``unit``: a constant factor of the scales (1/127 where a row's absmax is
+    stored). ``math``: the dtype of the formula: ``"float32"``, or ``"scales"`` for methods that define it in the
+    scales' own. ``scales_nested``, ``zeros_nested``: second-level quantization, None for plain tensors.
     """
 
     kind: ClassVar[str] = "affine"
@@ -93,7 +93,7 @@ class Affine(Layout):
         return self.grid.join(w, self.out_features, self.in_features)
 
     def _weights(self, q: Tensor, parts: Parts) -> Tensor:
-        """Return the weights that the codes ``q``, of any dtype and split into groups, stand for; float32, split likewise."""
+        """Return the float32 weights of the codes ``q``; both are split into groups, ``q`` is of any dtype."""
         scales, zeros = self.scales_and_zeros(parts)
         dtype = torch.float32 if self.math == "float32" else scales.dtype
         q, scale = q.to(dtype), self.grid.spread(scales.to(dtype))
@@ -133,7 +133,8 @@ class Affine(Layout):
         low, high = self.code_range
         q = q.round().clamp(low, high)
         if self.math == "scales" and scales.dtype != torch.float32:
-            # A formula rounded to 8 or 11 bits may bring the code beside the exact quotient nearer; both lie within one step.
+            # A formula rounded to 8 or 11 bits may bring the code beside the exact quotient nearer; both lie within one
+            # step.
             wanted = grid.split(weight.float())
             best = (self._weights(q, parts) - wanted).abs()
             for other in ((q - 1).clamp_min(low), (q + 1).clamp_max(high)):

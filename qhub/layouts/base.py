@@ -35,7 +35,8 @@ _ROUNDING = 2.0**-18
 class PartSpec:
     """Says what one tensor of a layout looks like, batch dimensions left out.
 
-    ``shape``: of one matrix. ``dtypes``: those allowed. ``batched``: False for a table that all matrices of a batch share.
+    ``shape``: of one matrix. ``dtypes``: those allowed. ``batched``: False for a table that all matrices of a batch
+    share.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +84,7 @@ class Layout(ABC):
 
     @abstractmethod
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return the codes nearest to ``weight`` (..., out_features, in_features) under the scales and tables of ``parts``."""
+        """Return the codes nearest to ``weight`` (..., out_features, in_features) under the scales of ``parts``."""
 
     @abstractmethod
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
@@ -107,8 +108,8 @@ class Layout(ABC):
     def check_values(self, parts: Parts) -> None:
         """Raise :class:`LayoutError` if a part holds an impossible value; ``parts`` have passed :meth:`validate`.
 
-        Impossible are NaN and infinity, a code outside its table, a permutation that names an entry twice, a divisor of 0. On
-        the meta device there is nothing to look at.
+        Impossible are NaN and infinity, a code outside its table, a permutation that names an entry twice, a divisor of
+        0. On the meta device there is nothing to look at.
         """
         if any(part.device.type == "meta" for part in parts.values()):
             return
@@ -159,8 +160,9 @@ class Layout(ABC):
     def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
         """Return parts for ``weight`` (..., out_features, in_features) float32, transforms already taken off.
 
-        ``grid``: ``"keep"`` leaves scales and tables of ``parts`` alone and picks the nearest codes, ``"refit"`` fits the
-        scales to ``weight``, ``"best"`` takes what is nearer to ``weight`` in the sum of squares, for each matrix of a batch.
+        ``grid``: ``"keep"`` leaves scales and tables of ``parts`` alone and picks the nearest codes, ``"refit"`` fits
+        the scales to ``weight``, ``"best"`` takes what is nearer to ``weight`` in the sum of squares, for each matrix
+        of a batch.
         """
         if grid == "refit":
             return {**parts, **self.fit(weight, parts)}
@@ -170,7 +172,7 @@ class Layout(ABC):
         return self._better(weight, kept, {**parts, **self.fit(weight, parts)})
 
     def _better(self, weight: Tensor, kept: dict[str, Tensor], fitted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return per matrix whichever parts decode nearer to ``weight``; ``kept`` where it is exact but for rounding."""
+        """Return per matrix whichever decodes nearer to ``weight``; ``kept`` where it is exact but for rounding."""
         kept_error, fitted_error = ((self.decode(parts) - weight).square().sum((-2, -1)) for parts in (kept, fitted))
         rounding = _ROUNDING**2 * weight.square().sum((-2, -1))
         change = (fitted_error < kept_error) & (kept_error > rounding)

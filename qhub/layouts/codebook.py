@@ -1,4 +1,4 @@
-"""``w = scale * sum_c codebook_c[code_c]``: vectors of weights picked by wide codes. AQLM, QuIP#'s E8P, IQ2/IQ3 grids."""
+"""``w = scale * sum_c codebook_c[code_c]``: vectors picked by wide codes. AQLM, QuIP#'s E8P, IQ2/IQ3 grids."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SWEEPS = 2
 class Codebook(Layout):
     """Stores blocks of ``out_group`` x ``in_group`` weights as sums of vectors, one from each codebook.
 
-    Parts: ``codes`` (N/out_group, K/in_group, C), int8 where all ``nbits`` are at most 8, else int16: the two's complement
-    of the unsigned code; ``codebooks`` (C, 2**max(nbits), out_group, in_group) float; ``scales`` of ``grid.scale_shape``;
-    with ``signs``, ``signs`` (N, packed_length(K, 1)) uint8, a set bit negates that weight.
+    Parts: ``codes`` (N/out_group, K/in_group, C), int8 where all ``nbits`` are at most 8, else int16: the two's
+    complement of the unsigned code; ``codebooks`` (C, 2**max(nbits), out_group, in_group) float; ``scales`` of
+    ``grid.scale_shape``; with ``signs``, ``signs`` (N, packed_length(K, 1)) uint8, a set bit negates that weight.
 
-    ``nbits``: of each codebook's code; a shorter codebook is padded with rows that no code reaches. ``shared``: True where
-    all matrices of a batch use the same codebooks (a lattice), False where each has its own.
+    ``nbits``: of each codebook's code; a shorter codebook is padded with rows that no code reaches. ``shared``: True
+    where all matrices of a batch use the same codebooks (a lattice), False where each has its own.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -52,7 +52,8 @@ class Codebook(Layout):
             raise LayoutError(f"codes of a codebook layout have 1 to 16 bits, asked for {self.nbits}")
         if self.out_features % self.out_group or self.in_features % self.in_group:
             raise LayoutError(
-                f"blocks of {self.out_group}x{self.in_group} weights do not divide a {self.out_features}x{self.in_features} matrix"
+                f"blocks of {self.out_group}x{self.in_group} weights do not divide "
+                f"a {self.out_features}x{self.in_features} matrix"
             )
 
     @property
@@ -139,10 +140,10 @@ class Codebook(Layout):
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         """Return ``codes`` (and ``signs``) near to ``weight``: the nearest for one codebook.
 
-        For several, from two starts (each codebook in turn on what is left; the codes of
-        ``parts``), one codebook at a time is searched again with the others held fixed; the nearer result is taken per block.
-        So codes change only where that brings a block nearer. It is the coordinate-wise part of AQLM's search (Egiazarian et
-        al. 2024, section 3.2, phase 1), without its beam.
+        For several, from two starts (each codebook in turn on what is left; the codes of ``parts``), one codebook at a
+        time is searched again with the others held fixed; the nearer result is taken per block. So codes change only
+        where that brings a block nearer. It is the coordinate-wise part of AQLM's search (Egiazarian et al. 2024,
+        section 3.2, phase 1), without its beam.
         """
         scales = scale_values("scales", self.scale_shape, self.scales_nested, parts).float()
         scale = self.grid.spread(scales)
@@ -154,7 +155,11 @@ class Codebook(Layout):
             target = target.abs()
         batch = target.shape[:-2]
         blocks = target.reshape(
-            *batch, self.out_features // self.out_group, self.out_group, self.in_features // self.in_group, self.in_group
+            *batch,
+            self.out_features // self.out_group,
+            self.out_group,
+            self.in_features // self.in_group,
+            self.in_group,
         )
         blocks = blocks.transpose(-3, -2).flatten(-2)
         books, old = parts["codebooks"].float().flatten(-2), self.indices(parts)

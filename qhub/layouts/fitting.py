@@ -1,7 +1,7 @@
 """Fits the uniform grid ``w = scale * (q - zero)`` to groups of weights: their range first, then least squares.
 
-All tensors are split into groups (:meth:`qhub.layouts.grid.Grid.split`): weights with group members on the axes ``dims``,
-scale and zero with size 1 there.
+All tensors are split into groups (:meth:`qhub.layouts.grid.Grid.split`): weights with group members on the axes
+``dims``, scale and zero with size 1 there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 __all__ = ["UniformFit"]
 
-# How often codes and grid are fitted to each other in turn. On Gaussian groups of 64 with free zeros, four sweeps bring the
-# mean squared error from 2.75 to 0.35 (1 bit), 0.204 to 0.109 (2), 0.037 to 0.030 (3), 0.0081 to 0.0072 (4 bits) and change
-# nothing at 8; six more take under 3 % off.
+# How often codes and grid are fitted to each other in turn. On Gaussian groups of 64 with free zeros, four sweeps bring
+# the mean squared error from 2.75 to 0.35 (1 bit), 0.204 to 0.109 (2), 0.037 to 0.030 (3), 0.0081 to 0.0072 (4 bits)
+# and change nothing at 8; six more take under 3 % off.
 _SWEEPS = 4
 # Below it a group counts as zero; far above float32's smallest numbers, far below any weight.
 _SMALLEST = 1e-12
@@ -25,8 +25,9 @@ _SMALLEST = 1e-12
 class UniformFit:
     """Describes which grids are allowed.
 
-    ``low``, ``high``: of the codes. ``zero``: the constant zero; None where each group has its own. ``whole``: a group's zero is
-    a code (integer zeros); ``bounded``: it lies between the codes, as where unsigned zeros are stored in two levels.
+    ``low``, ``high``: of the codes. ``zero``: the constant zero; None where each group has its own. ``whole``: a
+    group's zero is a code (integer zeros); ``bounded``: it lies between the codes, as where unsigned zeros are stored
+    in two levels.
     """
 
     low: int
@@ -38,8 +39,8 @@ class UniformFit:
     def fit(self, w: Tensor, members: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return scale and zero of each group of ``w`` float32; ``members`` is 0 at padding, None where there is none.
 
-        Alternates between nearest codes and least squares, as k-means does; a sweep is taken over per group, where it lowers
-        the squared error.
+        Alternates between nearest codes and least squares, as k-means does; a sweep is taken over per group, where it
+        lowers the squared error.
         """
         members = torch.ones_like(w) if members is None else members
         scale, zero = self._span(w, dims)
@@ -80,7 +81,7 @@ class UniformFit:
     def _regress(
         self, w: Tensor, members: Tensor, dims: tuple[int, ...], scale: Tensor, zero: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the least-squares grid for the codes nearest under ``scale`` and ``zero``; that one where none exists."""
+        """Return the least-squares grid for the codes nearest under ``scale`` and ``zero``, or these where none is."""
         q = self._codes(w, scale, zero)
         if self.zero is None:
             count = members.sum(dims, keepdim=True)

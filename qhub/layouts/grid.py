@@ -22,8 +22,8 @@ class Grid:
 
     * ``"block"``: rectangles of ``rows`` x ``cols``; scales have shape (ceil(N/rows), ceil(K/cols)). Groups along K are
       ``rows=1``; one scale per row is ``cols=K``; one scale for all is ``rows=N, cols=K``.
-    * ``"flat"``: runs of ``cols`` consecutive weights of the flattened matrix, the last one possibly shorter; scales have
-      shape (ceil(N*K/cols),). Used where a run may cross a row.
+    * ``"flat"``: runs of ``cols`` consecutive weights of the flattened matrix, the last one possibly shorter; scales
+      have shape (ceil(N*K/cols),). Used where a run may cross a row.
     * ``"strided"``: the flattened matrix seen as (cols, N*K/cols); a group is a column of that view, so its members lie
       N*K/cols apart; scales have shape (N*K/cols,).
     """
@@ -119,9 +119,10 @@ class Grid:
 
 
 def covering(start: int, stop: int, size: int) -> slice | None:
-    """Return the groups of ``size`` that members [start, stop) belong to; None unless counting from ``start`` gives the same.
+    """Return which groups of ``size`` the members [start, stop) form; None unless counted from ``start`` they do too.
 
-    Counted anew, the members fall into the same groups when ``start`` begins one or all lie in one. A torn end does no harm.
+    Counted anew, the members fall into the same groups when ``start`` begins one or all lie in one. A torn end does no
+    harm.
     """
     if start % size and start // size != (stop - 1) // size:
         return None

@@ -23,8 +23,8 @@ __all__ = ["Lookup"]
 class Lookup(Layout):
     """Stores codes of ``bits`` bits into a table, with a scale per group.
 
-    Parts: ``qweight`` (N, packed_length(K)) uint8; ``table`` (2**bits,) float32, in any order, shared by a batch; ``scales``
-    of ``grid.scale_shape``, plain or nested.
+    Parts: ``qweight`` (N, packed_length(K)) uint8; ``table`` (2**bits,) float32, in any order, shared by a batch;
+    ``scales`` of ``grid.scale_shape``, plain or nested.
     """
 
     kind: ClassVar[str] = "lookup"

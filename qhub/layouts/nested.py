@@ -1,8 +1,8 @@
 """Scales that are themselves quantized: 8-bit or float8 codes under a second level of scales.
 
 ``value = lookup(code) * super[i // group] + offset``, i counting the flattened scales of one matrix. Sources: double
-quantization, QLoRA (Dettmers et al. 2023, section 3); 6-bit scales of the K-quants, llama.cpp ``ggml-quants.c``; NVFP4's
-E4M3 block scales under one float32 scale.
+quantization, QLoRA (Dettmers et al. 2023, section 3); 6-bit scales of the K-quants, llama.cpp ``ggml-quants.c``;
+NVFP4's E4M3 block scales under one float32 scale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts.base import PartSpec
 
-__all__ = ["FLOATS", "Nested", "scale_specs", "scale_values", "scale_codes"]
+__all__ = ["FLOATS", "Nested", "scale_codes", "scale_specs", "scale_values"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,10 +26,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class Nested:
     """Describes how the tensor NAME is stored as codes, with companions NAME_super, NAME_table and NAME_offset.
 
-    ``dtype``: of the codes, by its torch name. ``group``: consecutive scales that share a second-level scale; 0: all of a
-    matrix. ``table``: codes index NAME_table (256 float32 entries, sorted). ``offset``: NAME_offset, one float32, is added.
-    ``divide``: the second-level scale divides. ``bits``: written integer codes stay within so many (6 in the K-quants),
-    whatever ``dtype`` could hold.
+    ``dtype``: of the codes, by its torch name. ``group``: consecutive scales that share a second-level scale; 0: all of
+    a matrix. ``table``: codes index NAME_table (256 float32 entries, sorted). ``offset``: NAME_offset, one float32, is
+    added. ``divide``: the second-level scale divides. ``bits``: written integer codes stay within so many (6 in the
+    K-quants), whatever ``dtype`` could hold.
     """
 
     dtype: str = "uint8"
@@ -99,7 +99,7 @@ class Nested:
             raise LayoutError(f"tensor '{name}_super' divides the scales and holds 0: the file is damaged")
 
     def _fit(self, flat: Tensor) -> Tensor:
-        """Return second-level scales (..., supers) that bring the largest magnitude of each group to the largest code."""
+        """Return second-level scales (..., supers): the largest magnitude of each group gets the largest code."""
         group = self.group or flat.shape[-1]
         padded = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % group))
         groups = padded.reshape(*flat.shape[:-1], -1, group)
@@ -130,9 +130,7 @@ def scale_values(name: str, shape: tuple[int, ...], nested: Nested | None, parts
     return nested.values(name, shape, parts) if nested else parts[name]
 
 
-def scale_codes(
-    name: str, values: Tensor, nested: Nested | None, parts: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def scale_codes(name: str, values: Tensor, nested: Nested | None, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that hold the refitted scales ``values``."""
     if nested:
         return nested.codes(name, values, parts, refit=True)
@@ -140,7 +138,7 @@ def scale_codes(
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``values`` in ``dtype``, the largest finite number for what is beyond it: infinity would spoil a whole group."""
+    """Return ``values`` in ``dtype``, clamped to its finite numbers: infinity would spoil a whole group."""
     if dtype.is_floating_point:
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)

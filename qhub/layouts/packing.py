@@ -5,8 +5,8 @@ The packing is a little-endian bit string along the last dimension; code ``i`` o
     4 bits   byte 0: [c1 c1 c1 c1 c0 c0 c0 c0]
     3 bits   byte 0: [c2 c2 c1 c1 c1 c0 c0 c0]   byte 1: [c5 c4 c4 c4 c3 c3 c3 c2]   byte 2: ...
 
-A row of 1-, 2-, 4- or 8-bit codes is padded to a whole byte, any other to a multiple of eight codes (exactly ``bits`` bytes),
-with zeros. On-disk packings (32-bit words, nibble orders, slabs) belong to the methods that invented them.
+A row of 1-, 2-, 4- or 8-bit codes is padded to a whole byte, any other to a multiple of eight codes (exactly ``bits``
+bytes), with zeros. On-disk packings (32-bit words, nibble orders, slabs) belong to the methods that invented them.
 """
 
 from __future__ import annotations

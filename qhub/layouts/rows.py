@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cut_scales", "identical", "stack_scales"]
 
+
 def identical(tensors: Sequence[Tensor]) -> bool:
     """Return whether all ``tensors`` are known to hold the same; on the meta device only one and the same tensor is."""
     first = tensors[0]

@@ -1,9 +1,9 @@
 """What may stand between a layer's input and output and its stored matrix: permutations, scales, Hadamard rotations.
 
-With stored matrix S and transforms in order, a layer computes ``y = out_m(... out_1(S @ in_n(... in_1(x))))``, so the dense
-weight is ``W = Out_m ... Out_1 S In_n ... In_1``. Sources: act-order permutation, GPTQ (Frantar et al. 2022, section 3.3
-step 1 as implemented upstream); input scales, AWQ (Lin et al. 2023, eq. 4); signs and Hadamard on both sides, QuIP# (Tseng
-et al. 2024, section 3).
+With stored matrix S and transforms in order, a layer computes ``y = out_m(... out_1(S @ in_n(... in_1(x))))``, so the
+dense weight is ``W = Out_m ... Out_1 S In_n ... In_1``. Sources: act-order permutation, GPTQ (Frantar et al. 2022,
+section 3.3 step 1 as implemented upstream); input scales, AWQ (Lin et al. 2023, eq. 4); signs and Hadamard on both
+sides, QuIP# (Tseng et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class Transform:
     """Names one step between input and stored matrix (``side="in"``) or stored matrix and output (``side="out"``).
 
-    ``kind``: ``"permute"`` takes entry ``perm[j]`` to place j (part ``{side}_perm``, int32); ``"scale"`` multiplies by the
-    vector ``{side}_scale``; ``"hadamard"`` multiplies by the normalised Hadamard matrix of the side's size. ``factor``: for
-    ``"hadamard"``, the size q of a given q x q orthogonal factor (part ``{side}_hadamard``) where the size is q times a power
-    of two; 1 means that the size is a power of two.
+    ``kind``: ``"permute"`` takes entry ``perm[j]`` to place j (part ``{side}_perm``, int32); ``"scale"`` multiplies by
+    the vector ``{side}_scale``; ``"hadamard"`` multiplies by the normalised Hadamard matrix of the side's size.
+    ``factor``: for ``"hadamard"``, the size q of a given q x q orthogonal factor (part ``{side}_hadamard``) where the
+    size is q times a power of two; 1 means that the size is a power of two.
     """
 
     kind: Literal["permute", "scale", "hadamard"]
@@ -57,8 +57,8 @@ class Transform:
             block = size // self.factor
             if block * self.factor != size or block & (block - 1):
                 raise LayoutError(
-                    f"a Hadamard rotation of size {size} with a factor of {self.factor} leaves {size / self.factor:g}, which is "
-                    "not a power of two"
+                    f"a Hadamard rotation of size {size} with a factor of {self.factor} leaves "
+                    f"{size / self.factor:g}, which is not a power of two"
                 )
         if self.part is None:
             return {}
@@ -76,13 +76,17 @@ class Transform:
         if self.kind == "permute":
             places = torch.arange(part.shape[-1], dtype=part.dtype, device=part.device)
             if not bool((part.sort(dim=-1).values == places).all()):
-                raise LayoutError(f"tensor {self.part!r} is no permutation of {part.shape[-1]} features: the file is damaged")
+                raise LayoutError(
+                    f"tensor {self.part!r} is no permutation of {part.shape[-1]} features: the file is damaged"
+                )
             return
         matrix = part.double()
         defect = (matrix @ matrix.T - torch.eye(self.factor, dtype=torch.float64, device=part.device)).abs().max()
         # Each of a row's q products carries two roundings of entries up to 1 (of the stored dtype).
         if float(defect) > 2 * self.factor * torch.finfo(part.dtype).eps:
-            raise LayoutError(f"tensor {self.part!r} is not orthogonal: its product with its transpose is off by {float(defect):.1e}")
+            raise LayoutError(
+                f"tensor {self.part!r} is not orthogonal: its product with its transpose is off by {float(defect):.1e}"
+            )
 
     def apply(self, x: Tensor, parts: Mapping[str, Tensor], inverse: bool = False) -> Tensor:
         """Return the step applied to the last dimension of ``x``; ``inverse`` undoes it."""
@@ -121,9 +125,7 @@ def transform_output(y: Tensor, layout: Layout, parts: Mapping[str, Tensor]) -> 
     return y
 
 
-def transform_weight(
-    weight: Tensor, layout: Layout, parts: Mapping[str, Tensor], inverse: bool = False
-) -> Tensor:
+def transform_weight(weight: Tensor, layout: Layout, parts: Mapping[str, Tensor], inverse: bool = False) -> Tensor:
     """Return the dense weight from the stored matrix (..., N, K), or with ``inverse`` the stored one from the dense."""
     inputs = [t for t in layout.transforms if t.side == "in"]
     outputs = [t for t in layout.transforms if t.side == "out"]
@@ -140,8 +142,8 @@ def transform_weight(
 def _times_input(weight: Tensor, transform: Transform, parts: Mapping[str, Tensor], inverse: bool) -> Tensor:
     """Return ``weight @ T`` for an input step T (``x -> T x``), or ``weight @ T^-1``.
 
-    A row w of W meets x as w . (T x) = (T^t w) . x. A scale is its own transpose; permutation and rotation are orthogonal,
-    so their transpose is their inverse.
+    A row w of W meets x as w . (T x) = (T^t w) . x. A scale is its own transpose; permutation and rotation are
+    orthogonal, so their transpose is their inverse.
     """
     if transform.kind == "scale":
         return transform.apply(weight, parts, inverse)

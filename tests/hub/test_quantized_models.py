@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def same(answer: dict[str, Any], expected: torch.Tensor) -> bool:
 @pytest.fixture(scope="module")
 def quantize(tiny: Callable[[str], Path], pow2: str) -> Callable[..., Any]:
     def make(**config: Any) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2, **config})
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny("llama"), quantization_config={"quant_method": pow2, **config}
+        )
         # As if it had been loaded from the Hub.
         model.config._name_or_path = "acme/base"
         return model
@@ -62,7 +65,7 @@ class Published:
 
     def __init__(self, hub: HubServer, quantize: Callable[..., Any]) -> None:
         self.hub = hub
-        first, second = quantize(group_size=32), quantize(group_size=64)
+        first, second = quantize(group_size=32), quantize(group_size=16)
         self.expected = {"first": logits(first), "second": logits(second)}
         first.push_to_hub("whole", commit_message="Add it", commit_description="At length")
         first.push_to_hub("alice/sharded", max_shard_size="20KB")
@@ -83,7 +86,7 @@ def published(quantize: Callable[..., Any]) -> Iterator[Published]:
 
 def test_logits_survive_push_and_pull(published: Published, user: Callable[..., Any]) -> None:
     hub = published.hub
-    assert torch.equal(published.expected["first"], published.expected["second"]) is False
+    assert not torch.equal(published.expected["first"], published.expected["second"])
     names = [name for name in hub.repo("alice/sharded").files if name.endswith(".safetensors")]
     assert len(names) > 3
     answers = user(
@@ -142,9 +145,10 @@ def test_a_download_that_keeps_breaking_is_an_error_and_a_later_try_works(
     hub = published.hub
     with hub.activate(cache_dir=tmp_path):
         hub.faults.cut(file, after=500, times=50, reset=reset)
-        with pytest.raises(Exception, match=r"(?i)peer closed|incomplete|reset|connect|read") as error:
+        # Where one file is the whole model, transformers makes "Can't load the model" of the client's error.
+        with pytest.raises(Exception) as error:  # noqa: B017, PT011 - httpx's errors, or httpx2's
             AutoModelForCausalLM.from_pretrained(f"alice/{repo}")
-        assert not isinstance(error.value, AssertionError)
+        assert re.search(r"closed connection|reset by peer", "\n".join(map(str, chain(error.value)))), error.value
         hub.faults.clear()
         again = AutoModelForCausalLM.from_pretrained(f"alice/{repo}")
     assert torch.equal(logits(again), published.expected["first"])
@@ -173,7 +177,13 @@ def test_a_wrong_byte_among_the_weights_is_found_by_the_clients_own_check_only(
         model = AutoModelForCausalLM.from_pretrained("alice/whole")
         assert not torch.equal(logits(model), published.expected["first"])
         (mismatch,) = HfApi().verify_repo_checksums("alice/whole").mismatches
-        assert mismatch.path == "model.safetensors"
+        assert mismatch["path"] == "model.safetensors"
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def code_offset(content: bytes, scratch: Path) -> int:
@@ -195,7 +205,7 @@ def test_card_and_tags_of_a_pushed_model(published: Published, tmp_path: Path) -
     assert info.card_data.base_model == "acme/base"
     assert info.library_name == "transformers"
     assert 'AutoModelForCausalLM.from_pretrained("alice/whole")' in text
-    assert "pip install pow2-quant" in text or "(registered in this process)" not in text
+    assert "(registered in this process)" not in text
 
 
 def test_one_commit_and_its_words(published: Published) -> None:
@@ -220,16 +230,16 @@ def test_qhubs_own_card_is_written_anew(alice: HubServer, quantize: Callable[...
     """A second push with other settings must not leave the numbers of the first; base model and tags go over."""
     quantize(group_size=16).push_to_hub("model", tags="dear")
     first = alice.repo("alice/model").card
-    assert "6.0" in first
+    assert "| bits per quantized weight | 6.1" in first
     again = AutoModelForCausalLM.from_pretrained("alice/model")
     assert again.config._name_or_path == "alice/model"
     again.push_to_hub("alice/model")
-    assert alice.repo("alice/model").card == first.replace("- dear\n", "- dear\n")
-    other = quantize(group_size=64)
+    assert alice.repo("alice/model").card == first
+    other = quantize(group_size=32)
     other.config._name_or_path = "alice/model"
     other.push_to_hub("alice/model")
     second = alice.repo("alice/model").card
-    assert "6.0" not in second and "4.5" in second
+    assert "| bits per quantized weight | 5.1" in second
     assert ModelCard(second).data.base_model == "acme/base"
     assert ModelCard(second).data.tags == ["qhub", "pow2", "quantized", "4-bit", "dear"]
 
@@ -251,7 +261,9 @@ def test_a_card_that_cannot_be_fetched_is_not_overwritten(alice: HubServer, mode
 )
 def test_a_card_that_cannot_be_read_stops_the_push(alice: HubServer, model: Any, content: bytes, message: str) -> None:
     alice.add_repo("alice/model", {"README.md": content})
-    with pytest.raises(CheckpointError, match=rf"README\.md of alice/model {message}|README\.md of alice/model.*{message}"):
+    with pytest.raises(
+        CheckpointError, match=rf"README\.md of alice/model {message}|README\.md of alice/model.*{message}"
+    ):
         model.push_to_hub("alice/model")
     assert "model.safetensors" not in alice.repo("alice/model").files
 
@@ -301,7 +313,7 @@ def test_a_push_replaces_the_weights_of_an_earlier_one(alice: HubServer, quantiz
     others = {"notes.safetensors": b"x", "model.fp16.safetensors": b"x", "extra/model.safetensors": b"x"}
     alice.add_repo("alice/model", others)
     quantize(group_size=16).push_to_hub("alice/model")
-    new = quantize(group_size=64)
+    new = quantize(group_size=32)
     new.push_to_hub("alice/model", max_shard_size="20KB")
     files = set(alice.repo("alice/model").files)
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
@@ -324,7 +336,9 @@ def test_save_pretrained_pushes(alice: HubServer, model: Any, tmp_path: Path) ->
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("alice/named")), logits(model))
 
 
-def test_save_pretrained_pushes_the_folders_card_and_no_other_file(alice: HubServer, model: Any, tmp_path: Path) -> None:
+def test_save_pretrained_pushes_the_folders_card_and_no_other_file(
+    alice: HubServer, model: Any, tmp_path: Path
+) -> None:
     (tmp_path / "README.md").write_text(THEIRS)
     (tmp_path / "diary.txt").write_text("private")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="alice/other", token="hf_alice", revision="main")

@@ -1,7 +1,8 @@
-"""One function a storage format: random codes as (layout, parts) beside the dense weight that the format's own formula gives.
+"""One function a storage format: random codes as (layout, parts) beside the dense weight of the format's own formula.
 
-Every function takes a seed and returns a :class:`Case`; tables that matrices of a batch share do not depend on the seed. All
-formulas are in ``oracle.py``; what is here only names the same numbers twice, once for the layout and once for the formula.
+Every function takes a seed and returns a :class:`Case`; tables that matrices of a batch share do not depend on the
+seed. All formulas are in ``oracle.py``; what is here only names the same numbers twice, once for the layout and once
+for the formula.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _case(layout: Layout, parts: dict[str, Tensor], dense: Array, terms: float, 
 
 # -- bitsandbytes ------------------------------------------------------------------------------------------------------
 
-# QLoRA (Dettmers et al. 2023, appendix E) and bitsandbytes' FP4, in code order; FP4 is neither sorted nor free of a second 0.
+# QLoRA (Dettmers et al. 2023, appendix E) and bitsandbytes' FP4, in code order; FP4 is neither sorted nor free of a
+# second 0.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -88,7 +90,11 @@ def _four_bit(table: tuple[float, ...], n: int, k: int, seed: int) -> Case:
     scales = oracle.double_quantized(codes, nested_table.astype(float), supers.astype(float), float(offset), 256)
     grid = Grid.flat_runs(64, k)
     layout = Lookup(
-        out_features=n, in_features=k, bits=4, grid=grid, scales_nested=Nested("uint8", group=256, table=True, offset=True)
+        out_features=n,
+        in_features=k,
+        bits=4,
+        grid=grid,
+        scales_nested=Nested("uint8", group=256, table=True, offset=True),
     )
     parts = {
         "qweight": _packed(q, 4),
@@ -164,7 +170,12 @@ def gptq(bits: int, seed: int = 0) -> Case:
     zeros = rng.integers(0, 2**bits, (k // group, n)).astype(np.uint8)
     perm = np.argsort(g_idx, kind="stable")
     layout = Affine(
-        out_features=n, in_features=k, bits=bits, grid=Grid.along_k(group), zero="value", transforms=(Transform("permute", "in"),)
+        out_features=n,
+        in_features=k,
+        bits=bits,
+        grid=Grid.along_k(group),
+        zero="value",
+        transforms=(Transform("permute", "in"),),
     )
     parts = {
         "qweight": _packed(q[:, perm], bits),
@@ -196,7 +207,9 @@ def gptq_symmetric(seed: int = 0) -> Case:
     scales = _f16(rng.uniform(0.01, 0.1, (-(-k // group), n)))
     layout = Affine(out_features=n, in_features=k, bits=4, grid=Grid.along_k(group), zero="constant", zero_point=8.0)
     parts = {"qweight": _packed(q, 4), "scales": _tensor(scales.T)}
-    return _case(layout, parts, oracle.grouped(q, scales.astype(float), np.full(scales.shape, 8), np.arange(k) // group), 0.8)
+    return _case(
+        layout, parts, oracle.grouped(q, scales.astype(float), np.full(scales.shape, 8), np.arange(k) // group), 0.8
+    )
 
 
 def awq(seed: int = 0) -> Case:
@@ -297,7 +310,14 @@ def signed_grid(seed: int = 0) -> Case:
     grid = _f16(np.random.default_rng(98).uniform(0.5, 8, (256, 4)))
     scales = _f16(rng.uniform(0.01, 0.1, (n, k // 32)))
     layout = Codebook(
-        out_features=n, in_features=k, nbits=(8,), out_group=1, in_group=4, grid=Grid.along_k(32), shared=True, signs=True
+        out_features=n,
+        in_features=k,
+        nbits=(8,),
+        out_group=1,
+        in_group=4,
+        grid=Grid.along_k(32),
+        shared=True,
+        signs=True,
     )
     parts = {
         "codes": _tensor(codes.astype(np.int8)[..., None]),
@@ -323,7 +343,13 @@ def q4_k(seed: int = 0) -> Case:
     sc, m = (rng.integers(0, 64, n * k // 32).astype(np.uint8) for _ in range(2))
     nested = Nested("uint8", group=8, bits=6)
     layout = Affine(
-        out_features=n, in_features=k, bits=4, grid=Grid.along_k(32), zero="offset", scales_nested=nested, zeros_nested=nested
+        out_features=n,
+        in_features=k,
+        bits=4,
+        grid=Grid.along_k(32),
+        zero="offset",
+        scales_nested=nested,
+        zeros_nested=nested,
     )
     parts = {
         "qweight": _packed(q, 4),
@@ -343,7 +369,12 @@ def q6_k(seed: int = 0) -> Case:
     d = _f16(rng.uniform(0.0001, 0.0004, n * k // 256))
     sc = rng.integers(-128, 128, n * k // 16).astype(np.int8)
     layout = Affine(
-        out_features=n, in_features=k, bits=6, grid=Grid.along_k(16), zero_point=32.0, scales_nested=Nested("int8", group=16)
+        out_features=n,
+        in_features=k,
+        bits=6,
+        grid=Grid.along_k(16),
+        zero_point=32.0,
+        scales_nested=Nested("int8", group=16),
     )
     parts = {"qweight": _packed(q, 6), "scales": _tensor(sc.reshape(n, -1)), "scales_super": _tensor(d)}
     return _case(layout, parts, oracle.q6_k(q, d.astype(float), sc), 0.0004 * 128 * 32)
@@ -356,7 +387,11 @@ def iq4_nl(seed: int = 0) -> Case:
     q = rng.integers(0, 16, (n, k))
     d = _f16(rng.uniform(0.0001, 0.001, n * k // 32))
     layout = Lookup(out_features=n, in_features=k, bits=4, grid=Grid.along_k(32))
-    parts = {"qweight": _packed(q, 4), "table": torch.tensor(IQ4, dtype=torch.float32), "scales": _tensor(d.reshape(n, -1))}
+    parts = {
+        "qweight": _packed(q, 4),
+        "table": torch.tensor(IQ4, dtype=torch.float32),
+        "scales": _tensor(d.reshape(n, -1)),
+    }
     return _case(layout, parts, oracle.iq4_nl(q, d.astype(float), np.array(IQ4, float)), 0.127)
 
 
@@ -401,7 +436,9 @@ def _float8(n: int, k: int, block: tuple[int, int], exponent_bits: int, activati
     scales = (rng.uniform(0.05, 0.1, shape) / largest).astype(np.float32)
     layout = Float8(out_features=n, in_features=k, format=name, grid=Grid("block", *block), activation=activation)  # type: ignore[arg-type]
     parts = {"qweight": _tensor(q).view(layout.dtype), "scales": _tensor(scales)}
-    return _case(layout, parts, oracle.float8_blocks(q, scales.astype(float), block, exponent_bits, mantissa_bits), 0.1, 1)
+    return _case(
+        layout, parts, oracle.float8_blocks(q, scales.astype(float), block, exponent_bits, mantissa_bits), 0.1, 1
+    )
 
 
 def e4m3_blocks(seed: int = 0) -> Case:

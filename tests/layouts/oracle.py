@@ -1,13 +1,14 @@
 """What each storage format means, weight by weight in float64: the formulas that the layouts have to agree with.
 
-Written from the formats' own definitions in numpy and plain Python; nothing here uses ``qhub``. Shapes: N output features, K
-input features, G groups.
+Written from the formats' own definitions in numpy and plain Python; nothing here uses ``qhub``. Shapes: N output
+features, K input features, G groups.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ Array = np.ndarray
 
 
 def bit_string(codes: Array, bits: int, length: int) -> Array:
-    """Return the rows of ``codes`` (..., count) as little-endian bit strings of ``length`` bytes, code i at bit bits*i."""
+    """Return ``codes`` (..., count) as little-endian strings of ``length`` bytes, code i at bit bits*i."""
     rows = []
     for row in codes.reshape(-1, codes.shape[-1]):
         number = sum(int(code) << (bits * index) for index, code in enumerate(row))
         rows.append(np.frombuffer(number.to_bytes(length, "little"), np.uint8))
-    return np.stack(rows).reshape(*codes.shape[:-1], length) if rows else np.zeros((*codes.shape[:-1], length), np.uint8)
+    return (
+        np.stack(rows).reshape(*codes.shape[:-1], length) if rows else np.zeros((*codes.shape[:-1], length), np.uint8)
+    )
 
 
 def rounded(value: Array, dtype: torch.dtype) -> Array:
@@ -51,8 +54,10 @@ def int8_rows(q: Array, absmax: Array) -> Array:
 # -- HQQ, GPTQ, AWQ ----------------------------------------------------------------------------------------------------
 
 
-def hqq(view: Array, scale: Array, zero: Array, axis: int, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Array:
-    """HQQ (Badri & Shaji 2023): (q - zero) * scale on HQQ's own 2-D view, one group per row (axis 1) or column (axis 0).
+def hqq(
+    view: Array, scale: Array, zero: Array, axis: int, shape: tuple[int, int], dtype: torch.dtype | None = None
+) -> Array:
+    """HQQ (Badri & Shaji 2023): (q - zero) * scale on HQQ's 2-D view, a group per row (axis 1) or column (axis 0).
 
     ``dtype``: each operation is rounded to it; None for none.
     """
@@ -100,7 +105,7 @@ def aqlm(codes: Array, books: Array, scales: Array) -> Array:
 
 
 def signed_grid(codes: Array, grid: Array, signs: Array, scales: Array, group: int) -> Array:
-    """IQ3-like: magnitudes of 4 weights from ``grid`` (256, 4), a sign bit per weight, a scale per ``group`` weights."""
+    """IQ3-like: magnitudes of 4 weights from ``grid`` (256, 4), a sign per weight, a scale per ``group`` weights."""
     n_rows, count = codes.shape
     width = grid.shape[1]
     out = np.zeros((n_rows, count * width))
@@ -111,20 +116,22 @@ def signed_grid(codes: Array, grid: Array, signs: Array, scales: Array, group: i
     return out
 
 
-# The 29 magnitudes of norm 12 that complete the 227 shorter ones, doubled so that they are odd integers (QuIP#, appendix C).
+# The 29 magnitudes of norm 12 that complete the 227 shorter ones, doubled so that they are odd integers (QuIP#,
+# appendix C).
 _NORM_12 = (
-    "31113333 13113333 11313333 11133333 33313311 33313131 33311331 33313113 33311313 33311133 33133311 33133131 33131331 "
-    "33133113 33131313 33131133 31333311 31333131 31331331 31333113 31331313 13331133 13333311 13333131 13331331 13333113 "
-    "13331313 11331333 33113331"
-).split()
+    "31113333", "13113333", "11313333", "11133333", "33313311", "33313131", "33311331", "33313113", "33311313",
+    "33311133", "33133311", "33133131", "33131331", "33133113", "33131313", "33131133", "31333311", "31333131",
+    "31331331", "31333113", "31331313", "13331133", "13333311", "13333131", "13331331", "13333113", "13331313",
+    "11331333", "33113331",
+)  # fmt: skip
 
 
 @functools.cache
 def e8p_codebook() -> Array:
     """Return QuIP#'s E8P12 codebook (65536, 8) (Tseng et al. 2024, section 4.2), entry c for the 16-bit code c.
 
-    High byte: which of 256 magnitudes; low byte: signs in the permuted order, bit 0 corrected to even parity; the parity
-    that was there chooses a shift of +1/4 or -1/4.
+    High byte: which of 256 magnitudes; low byte: signs in the permuted order, bit 0 corrected to even parity; the
+    parity that was there chooses a shift of +1/4 or -1/4.
     """
     short = [v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(c * c for c in v) <= 10]
     magnitudes = np.array(sorted(short) + [[int(digit) / 2 for digit in word] for word in _NORM_12])
@@ -220,24 +227,24 @@ def nvfp4(q: Array, scale_bytes: Array, global_scale: float) -> Array:
 # -- activation schemes ------------------------------------------------------------------------------------------------
 
 
-def unambiguous(round_half_even, ratio: Array) -> Array:
-    """Return ``round_half_even(ratio)``, having made sure that float32 arithmetic cannot round to another neighbour."""
-    result = round_half_even(ratio)
-    for nudge in (1 - 2.0**-20, 1 + 2.0**-20):
-        assert np.array_equal(result, round_half_even(ratio * nudge)), "choose another seed: this input has a near tie"
-    return result
+def near_tie(round_half_even: Callable[[Array], Array], ratio: Array) -> Array:
+    """Return where float32 arithmetic may round ``ratio`` to another neighbour than exact arithmetic does."""
+    return round_half_even(ratio * (1 - 2.0**-20)) != round_half_even(ratio * (1 + 2.0**-20))
+
+
+def int8_step(row: Array, threshold: float) -> float:
+    """Return absmax / 127 of ``row``, outliers left out (upstream zeroes the entries, not the columns)."""
+    return max((abs(v) for v in row if abs(v) < threshold), default=0.0) / 127.0
 
 
 def int8_linear(x: Array, dense: Array, threshold: float) -> Array:
-    """LLM.int8() (Dettmers et al. 2022, eq. 8): columns of x with an outlier in full, the rest rounded to absmax/127."""
+    """LLM.int8() (Dettmers et al. 2022, eq. 8): columns of x with an outlier in full, the rest rounded to
+    absmax/127."""
     outlier = [any(abs(x[m, k]) >= threshold for m in range(x.shape[0])) for k in range(x.shape[1])]
     y = np.zeros((x.shape[0], dense.shape[0]))
     for m in range(x.shape[0]):
-        # Upstream zeroes the outlier entries (not the columns) before it takes a row's absmax.
-        absmax = max((abs(v) for v in x[m] if abs(v) < threshold), default=0.0)
-        codes = unambiguous(np.rint, x[m] * 127.0 / absmax)
-        seen = np.where(outlier, x[m], codes * absmax / 127.0)
-        y[m] = dense @ seen
+        step = int8_step(x[m], threshold)
+        y[m] = dense @ np.where(outlier, x[m], np.rint(x[m] / step) * step)
     return y
 
 
@@ -251,7 +258,12 @@ def e4m3_rounded(x: Array) -> Array:
     return np.sign(x) * np.where(take_high, high, low)
 
 
+def float8_step(x: Array) -> Array:
+    """Return absmax / 448 of each row."""
+    return np.abs(x).max(axis=1, keepdims=True) / 448.0
+
+
 def float8_linear(x: Array, dense: Array) -> Array:
     """Return ``x @ dense.T`` with each row of x rounded to E4M3 under a scale of absmax / 448."""
-    scale = np.abs(x).max(axis=1, keepdims=True) / 448.0
-    return (unambiguous(e4m3_rounded, x / scale) * scale) @ dense.T
+    scale = float8_step(x)
+    return (e4m3_rounded(x / scale) * scale) @ dense.T

@@ -1,4 +1,4 @@
-"""Writing a dense weight onto a layout: what is there already stays, the nearest codes are found, scales are refitted."""
+"""Writing a dense weight onto a layout: what is there stays, the nearest codes are found, scales are refitted."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_best_is_as_good_as_either(name: str, amplitude: float) -> None:
     assert _error(layout, best, weight) <= either * (1 + 1e-5)
 
 
-# (group, steps, whether the grid is symmetric about 0) of the formats whose refit spans a group's range in equal steps, and of
-# tables no coarser than that in the middle of the range.
+# (group, steps, whether the grid is symmetric about 0) of the formats whose refit spans a group's range in equal steps,
+# and of tables no coarser than that in the middle of the range.
 UNIFORM = {
     "nf4_nested": (64, 15, True),
     "nf4_ragged": (64, 15, True),
@@ -145,11 +145,14 @@ def test_refit_is_as_near_as_the_number_of_steps_allows(name: str) -> None:
     samples = np.random.default_rng(0).standard_normal((4000, group))
     span = 2 * np.abs(samples).max(1) if symmetric else np.ptp(samples, axis=1)
     expected = float(np.sqrt(np.mean(span**2))) / steps / np.sqrt(12)
-    # Half of it is room: integer zeros and 6- or 8-bit scales widen the step, the one step of 1 bit is not uniform noise.
+    # Half of it is room: integer zeros and 6- or 8-bit scales widen the step, the one step of 1 bit is not uniform
+    # noise.
     assert error < 1.5 * expected
 
 
-@pytest.mark.parametrize(("name", "limit"), [("e4m3_blocks", 2.0**-4), ("e4m3_ragged_blocks", 2.0**-4), ("e5m2_rows", 2.0**-3)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("e4m3_blocks", 2.0**-4), ("e4m3_ragged_blocks", 2.0**-4), ("e5m2_rows", 2.0**-3)]
+)
 def test_refit_of_float8_is_within_half_a_unit(name: str, limit: float) -> None:
     """A float of m mantissa bits is off by at most 2**-(m + 1) of itself."""
     layout, parts, *_ = case(name)

@@ -96,12 +96,13 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 STACKABLE = {
-    # Second-level groups of 256 scales: 384 of them (96 rows of 4) would let the second matrix begin in the middle of one.
+    # Second-level groups of 256 scales: 384 of them (96 rows of 4) would let the second matrix begin in the middle of
+    # one.
     "nf4_nested": False,
     "fp4_nested": True,
     "nf4_ragged": False,
     # Every matrix brings codebooks, a permutation or a divisor of its own.
-    **{name: False for name in ("aqlm_1x16", "aqlm_2x8", "aqlm_3x6_2d_blocks", "nvfp4")},
+    **dict.fromkeys(("aqlm_1x16", "aqlm_2x8", "aqlm_3x6_2d_blocks", "nvfp4"), False),
     **{f"gptq{bits}_act_order": False for bits in (2, 3, 4, 8)},
     **{f"hqq{bits}_axis0": False for bits in (1, 2, 3, 4, 8)},
     "quip_e8p12": False,

@@ -72,7 +72,9 @@ def test_value_that_is_not_finite_is_named(name: str) -> None:
         if not value.dtype.is_floating_point:
             continue
         # E4M3FN has no infinity: a NaN is the one damage that it can show.
-        for bad in (float("nan"),) if value.dtype == torch.float8_e4m3fn else (float("nan"), float("inf"), -float("inf")):
+        for bad in (
+            (float("nan"),) if value.dtype == torch.float8_e4m3fn else (float("nan"), float("inf"), -float("inf"))
+        ):
             broken = value.float().reshape(-1).clone()
             broken[-1] = bad
             damaged = {**parts, part: broken.reshape(value.shape).to(value.dtype)}
@@ -152,7 +154,11 @@ def test_impossible_layout_is_refused(make) -> None:
 @pytest.mark.parametrize(("size", "factor"), [(96, 1), (96, 5), (80, 3)])
 def test_rotation_size_must_be_a_factor_times_a_power_of_two(size: int, factor: int) -> None:
     layout = Affine(
-        out_features=8, in_features=size, bits=4, grid=Grid.along_k(size), transforms=(Transform("hadamard", "in", factor),)
+        out_features=8,
+        in_features=size,
+        bits=4,
+        grid=Grid.along_k(size),
+        transforms=(Transform("hadamard", "in", factor),),
     )
     with pytest.raises(LayoutError, match="not a power of two"):
         layout.part_specs()

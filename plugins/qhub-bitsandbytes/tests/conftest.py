@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from qhub_bitsandbytes.plan import plan
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from qhub.layouts import Layout
 from qhub.plan import LayerPlan, WeightInfo
-from qhub_bitsandbytes.plan import plan
 
 DATA = Path(__file__).parent / "data"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qhub_bitsandbytes import qhub_adapter, qhub_config, qhub_doctor, qhub_plan
 from transformers import BitsAndBytesConfig
 
 from qhub.errors import ConfigError
 from qhub.layouts import Activation, Affine, Grid, Lookup
 from qhub.plan import LayerPlan, Skip, WeightInfo
-from qhub_bitsandbytes import qhub_adapter, qhub_config, qhub_doctor, qhub_plan
 
 SPEC = qhub_config()
 

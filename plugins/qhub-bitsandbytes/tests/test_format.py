@@ -6,11 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BitsAndBytesConfig
-
-from qhub.errors import LayoutError
-from qhub.formats import Format
-from qhub.layouts import Affine, Grid, Lookup, Nested
 from qhub_bitsandbytes import qhub_format
 from qhub_bitsandbytes.blockwise import quantize_blockwise
 from qhub_bitsandbytes.blockwise_format import BlockwiseFormat
@@ -19,6 +14,11 @@ from qhub_bitsandbytes.int8_format import Int8Format
 from qhub_bitsandbytes.layout import blockwise, int8, nested_scales
 from qhub_bitsandbytes.state import read_state
 from qhub_bitsandbytes.tables import dynamic_map, value_table
+from transformers import BitsAndBytesConfig
+
+from qhub.errors import LayoutError
+from qhub.formats import Format
+from qhub.layouts import Affine, Grid, Lookup, Nested
 
 
 def same_bytes(first, second):
@@ -158,7 +158,7 @@ def test_both_formats_tell_the_two_kinds_apart(nested_case, int8_case):
     assert "weight" not in MARKERS
     with pytest.raises(LayoutError, match=r"load_in_8bit.*weight\.absmax"):
         Int8Format().unpack(int8(*nested_case.shape, 6.0), nested_case.entries)
-    with pytest.raises(LayoutError, match="load_in_4bit.*SCB"):
+    with pytest.raises(LayoutError, match=r"load_in_4bit.*SCB"):
         BlockwiseFormat().unpack(blockwise(*int8_case.shape, None), int8_case.entries)
 
 
@@ -247,12 +247,21 @@ def test_a_state_under_the_other_types_name_is_refused(nested_case):
         BlockwiseFormat().unpack(nested_case.layout, nested_case.entries)
 
 
-def test_a_storage_dtype_that_the_config_does_not_name_is_refused(golden):
-    storage = golden.entries["weight"].dtype
-    if storage in (torch.int8, torch.uint8):
-        pytest.skip("one byte either way")
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_storage_dtype_that_the_config_does_not_name_is_refused(nested_case, storage):
+    nested_case.entries["weight"] = nested_case.entries["weight"].reshape(-1).view(storage).unsqueeze(1)
+    BlockwiseFormat(storage).unpack(nested_case.layout, nested_case.entries)
     with pytest.raises(LayoutError, match="entry 'weight' has dtype"):
-        BlockwiseFormat(torch.uint8).unpack(golden.layout, golden.entries)
+        BlockwiseFormat().unpack(nested_case.layout, nested_case.entries)
+
+
+def test_entries_share_no_memory_with_the_parts_of_other_experts(nested_case):
+    # Fused experts hold one table; safetensors refuses a tensor under two names.
+    fmt = BlockwiseFormat()
+    layout, parts = fmt.unpack(nested_case.layout, nested_case.entries)
+    first, second = (fmt.pack(layout, parts, torch.float32) for _ in range(2))
+    for name in ("weight.quant_map", "weight.nested_quant_map"):
+        assert first[name].data_ptr() != second[name].data_ptr()
 
 
 # -- damaged int8 files -----------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from qhub_bitsandbytes import qhub_adapter, qhub_plan, qhub_quantize
 from transformers import BitsAndBytesConfig
 
 from qhub.plan import WeightInfo
 from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
-from qhub_bitsandbytes import qhub_adapter, qhub_plan, qhub_quantize
 
 CONFIGS = {
     "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -102,6 +102,7 @@ def test_the_plugin_is_found_by_its_method_name():
 
 
 def test_importing_the_entry_module_is_light():
-    code = "import sys, qhub_bitsandbytes; print(*(m for m in ('torch', 'transformers', 'bitsandbytes') if m in sys.modules))"
+    heavy = ("torch", "transformers", "bitsandbytes")
+    code = f"import sys, qhub_bitsandbytes; print(*(m for m in {heavy} if m in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""

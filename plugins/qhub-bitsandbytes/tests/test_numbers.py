@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
-
-from qhub.errors import LayoutError
-from qhub.plan import WeightInfo
 from qhub_bitsandbytes import qhub_format, qhub_plan, qhub_quantize
 from qhub_bitsandbytes.blockwise import quantize_blockwise, quantize_scales
 from qhub_bitsandbytes.int8 import quantize_rows
 from qhub_bitsandbytes.layout import blockwise, nested_scales
 from qhub_bitsandbytes.tables import dynamic_map, quant_type_of, value_table
+from transformers import BitsAndBytesConfig
+
+from qhub.errors import LayoutError
+from qhub.plan import WeightInfo
 
 
 def same_bytes(first, second):
@@ -76,7 +76,7 @@ def test_codes_are_the_nearest(quant_type, shape):
 def test_the_dynamic_map():
     table = dynamic_map()
     assert table.shape == (256,) and bool((table.diff() > 0).all())
-    # By Dettmers 2015: symmetric but for 0 and 1; the widest step halves [0.1, 1] 64 times, the finest exponent has one value.
+    # By Dettmers 2015: symmetric but for 0 and 1; 64 values in [0.1, 1], one in [1e-7, 1e-6].
     inner = table[(table != 0) & (table != 1)]
     assert torch.equal(inner, -inner.flip(0))
     assert float(inner[-1]) == pytest.approx(1 - 0.9 / 128, rel=1e-6)

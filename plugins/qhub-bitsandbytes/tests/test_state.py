@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from qhub_bitsandbytes.state import State, read_state, write_state
 
 from qhub.errors import LayoutError
-from qhub_bitsandbytes.state import State, read_state, write_state
 
 GOOD = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}
 NESTED = {**GOOD, "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.21103382110595703}
@@ -35,7 +35,12 @@ def test_the_bytes_are_upstreams():
 
 def test_a_plain_state_has_no_nested_keys():
     state = State("fp4", 64, "float16", (3, 5))
-    assert json.loads(bytes(write_state(state).tolist())) == {**GOOD, "quant_type": "fp4", "dtype": "float16", "shape": [3, 5]}
+    assert json.loads(bytes(write_state(state).tolist())) == {
+        **GOOD,
+        "quant_type": "fp4",
+        "dtype": "float16",
+        "shape": [3, 5],
+    }
     assert read_state("s", write_state(state)) == state
 
 
@@ -96,7 +101,7 @@ def test_missing_keys_are_refused(key):
 
 
 def test_unknown_keys_are_refused():
-    with pytest.raises(LayoutError, match="unknown .*__class__"):
+    with pytest.raises(LayoutError, match=r"unknown .*__class__"):
         read_state("s", entry({**GOOD, "__class__": "os.system"}))
 
 

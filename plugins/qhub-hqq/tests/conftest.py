@@ -111,5 +111,5 @@ def same_bytes() -> Callable[[Tensor, Tensor], bool]:
 
 @pytest.fixture
 def tiny_checkpoint() -> Path:
-    """Return the folder of a one-layer Llama that hqq quantized to 3 bits, axis 0, with its logits in reference.safetensors."""
+    """Return the folder of a one-layer Llama that hqq quantized to 3 bits, axis 0, with its logits beside it."""
     return DATA / "tiny-llama-b3-axis0"

@@ -31,8 +31,19 @@ def test_a_config_json_of_transformers_is_understood(tiny_checkpoint: Path) -> N
     "arguments",
     [
         {},
-        {"nbits": 3, "group_size": None, "axis": 0, "view_as_float": True, "skip_modules": ["lm_head", "mlp.down_proj"]},
-        {"dynamic_config": {"self_attn.q_proj": {"nbits": 8, "group_size": 128}, "mlp.up_proj": {"nbits": 2, "axis": 0}}},
+        {
+            "nbits": 3,
+            "group_size": None,
+            "axis": 0,
+            "view_as_float": True,
+            "skip_modules": ["lm_head", "mlp.down_proj"],
+        },
+        {
+            "dynamic_config": {
+                "self_attn.q_proj": {"nbits": 8, "group_size": 128},
+                "mlp.up_proj": {"nbits": 2, "axis": 0},
+            }
+        },
     ],
 )
 def test_values_survive_config_json(arguments: dict[str, Any]) -> None:

@@ -21,7 +21,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small random Llama in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
     )
     folder = tmp_path_factory.mktemp("dense")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -53,7 +58,10 @@ def test_a_checkpoint_of_hqq_runs_and_is_written_back_byte_for_byte(tiny_checkpo
     before, after = load_file(tiny_checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert set(before) == set(after)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    read = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tiny_checkpoint, tmp_path)]
+    read = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tiny_checkpoint, tmp_path)
+    ]
     assert read[0] == read[1]
 
 
@@ -67,7 +75,9 @@ def test_a_checkpoint_of_hqq_runs_and_is_written_back_byte_for_byte(tiny_checkpo
         {"dynamic_config": {"self_attn.q_proj": {"nbits": 8}, "mlp.up_proj": {"nbits": 1, "group_size": 32}}},
     ],
 )
-def test_quantized_saved_and_loaded_logits_are_bit_identical(dense: Path, tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_quantized_saved_and_loaded_logits_are_bit_identical(
+    dense: Path, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
     model = _load(dense, dtype=torch.bfloat16, quantization_config=HqqConfig(**arguments))
     count = 4 if "dynamic_config" in arguments else 14
     assert len(_quantized(model)) == count
@@ -93,7 +103,8 @@ def test_an_update_of_one_percent_is_merged(dense: Path) -> None:
     delta = torch.randn(weight.shape) * before.std() * 0.05
     with torch.no_grad():
         weight.copy_(before + delta)
-    # 8 bits of a group spanning about 4 sigma to either side: a step of 8/255 sigma, an error of step/sqrt(12) = 0.009 sigma.
+    # 8 bits of a group spanning about 4 sigma to either side: a step of 8/255 sigma, an error of step/sqrt(12) = 0.009
+    # sigma.
     left = (weight.dequantize() - before - delta).std() / before.std()
     assert left < 0.012
 

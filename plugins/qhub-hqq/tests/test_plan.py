@@ -68,7 +68,9 @@ def test_tags_are_those_of_transformers() -> None:
 
 
 def test_settings_per_layer_leave_the_rest_dense() -> None:
-    config = HqqConfig(dynamic_config={"self_attn.q_proj": {"nbits": 8, "group_size": 128}, "mlp.up_proj": {"nbits": 2}})
+    config = HqqConfig(
+        dynamic_config={"self_attn.q_proj": {"nbits": 8, "group_size": 128}, "mlp.up_proj": {"nbits": 2}}
+    )
     weights = [_weight(), _weight("model.layers.1.mlp.up_proj.weight"), _weight("model.layers.1.mlp.down_proj.weight")]
     planned = plan(config, weights)
     bits = [one.layout.bits if isinstance(one, LayerPlan) else one for one in planned.values()]  # type: ignore[attr-defined]
@@ -78,7 +80,7 @@ def test_settings_per_layer_leave_the_rest_dense() -> None:
 
 
 def test_tags_that_name_no_layer_are_refused() -> None:
-    with pytest.raises(ConfigError, match="self_attn.q_proj"):
+    with pytest.raises(ConfigError, match=r"self_attn\.q_proj"):
         plan(HqqConfig(dynamic_config={"attn.q": {"nbits": 4}}), [_weight()])
 
 

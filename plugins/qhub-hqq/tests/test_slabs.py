@@ -11,8 +11,16 @@ from qhub_hqq.slabs import pack_slabs, packed_rows, unpack_slabs, word_dtype
 PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
 
-@given(bits=st.sampled_from(sorted(PER_WORD)), slabs=st.integers(1, 5), columns=st.integers(1, 7), seed=st.integers(0, 999), cut=st.integers(0, 9))
-def test_words_hold_one_code_of_each_slab_the_first_in_the_high_bits(bits: int, slabs: int, columns: int, seed: int, cut: int) -> None:
+@given(
+    bits=st.sampled_from(sorted(PER_WORD)),
+    slabs=st.integers(1, 5),
+    columns=st.integers(1, 7),
+    seed=st.integers(0, 999),
+    cut=st.integers(0, 9),
+)
+def test_words_hold_one_code_of_each_slab_the_first_in_the_high_bits(
+    bits: int, slabs: int, columns: int, seed: int, cut: int
+) -> None:
     count = PER_WORD[bits]
     # Only 3-bit codes are padded.
     rows = max(1, slabs * count - cut) if bits == 3 else slabs * count

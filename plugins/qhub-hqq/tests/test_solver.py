@@ -55,7 +55,9 @@ def test_the_solver_lowers_the_norm_that_it_minimizes(nbits: int, axis: int) -> 
     group=st.sampled_from([8, 16, 64, None]),
     optimize=st.booleans(),
 )
-def test_an_error_is_at_most_a_step_beyond_the_range(seed: int, nbits: int, axis: int, group: int | None, optimize: bool) -> None:
+def test_an_error_is_at_most_a_step_beyond_the_range(
+    seed: int, nbits: int, axis: int, group: int | None, optimize: bool
+) -> None:
     """Without the solver a weight is half a step off at most (a whole one where rounding the zero shifts the range)."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
     settings = Settings(nbits, group, axis, optimize=optimize, round_zero=False)
@@ -92,7 +94,7 @@ def test_a_zero_point_beyond_float16_is_refused() -> None:
     weight = torch.full((4, 64), 1000.0, dtype=torch.float16)
     weight[:, ::2] += 0.5
     settings = Settings(8, 64, 1, round_zero=False)
-    with pytest.raises(LayoutError, match="exceeds torch.float16"):
+    with pytest.raises(LayoutError, match=r"exceeds torch\.float16"):
         quantize(weight, settings.layout(4, 64, "w"), settings)
 
 
@@ -115,7 +117,10 @@ def test_quantizing_equals_the_installed_hqq() -> None:
         layer = torch.nn.Linear(512, 512, bias=False)
         layer.weight.data = weight.clone()
         theirs = hqq.HQQLinear(
-            layer, hqq.BaseQuantizeConfig(nbits=nbits, group_size=64, axis=1), compute_dtype=torch.bfloat16, device="cpu"
+            layer,
+            hqq.BaseQuantizeConfig(nbits=nbits, group_size=64, axis=1),
+            compute_dtype=torch.bfloat16,
+            device="cpu",
         )
         layout = settings.layout(512, 512, "w")
         parts = quantize(weight, layout, settings)

@@ -51,14 +51,18 @@ print(json.dumps(said))
 class DiscoveryChecks(KitBase):
     """Looks at the plugin as an installed package: nothing of a model yet."""
 
-    @pytest.fixture(scope="class")
-    def fresh_load(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    @pytest.fixture
+    def fresh_load(self, bench: Workbench) -> dict[str, Any]:
         """Return what a new process saw when it listed the plugins and loaded this one."""
-        stubs = tmp_path_factory.mktemp("stubs")
-        for package in request.cls.native_packages:
-            (stubs / package).mkdir()
-            (stubs / package / "__init__.py").write_text(_STUB, encoding="utf-8")
-        return run_fresh(_PROGRAM, {"method": request.cls.method, "stubs": str(stubs)})
+
+        def load() -> dict[str, Any]:
+            stubs = bench.folder("stubs")
+            for package in self.native_packages:
+                (stubs / package).mkdir()
+                (stubs / package / "__init__.py").write_text(_STUB, encoding="utf-8")
+            return run_fresh(_PROGRAM, {"method": self.method, "stubs": str(stubs)})
+
+        return bench.once("fresh load", load)
 
     def test_kit_is_filled_in(self) -> None:
         """The class names a method, and gives something to test it with."""

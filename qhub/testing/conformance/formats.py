@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FormatChecks(KitBase):
     """Packs and unpacks the quantized weights of the tiny models, one matrix per layout."""
 
-    def _matrices(self, subject: Subject, bench: Workbench) -> Iterator[tuple[str, QuantizedTensor, Format]]:
+    def _packable(self, subject: Subject, bench: Workbench) -> Iterator[tuple[str, QuantizedTensor, Format]]:
         model = bench.model(subject)
         fmt, seen = bench.format(model), set()
         for name, weight in quantized_weights(model).items():
@@ -32,7 +32,7 @@ class FormatChecks(KitBase):
     @pytest.mark.parametrize("dtype", _DTYPES, ids=["fp32", "bf16", "fp16"])
     def test_pack_and_unpack_are_exact(self, subject: Subject, dtype: torch.dtype, bench: Workbench) -> None:
         """parts -> entries -> parts is the identity, bit by bit, and modifies nothing."""
-        for name, matrix, fmt in self._matrices(subject, bench):
+        for name, matrix, fmt in self._packable(subject, bench):
             before = {key: part.clone() for key, part in matrix.parts.items()}
             entries = fmt.pack(matrix.quant_layout, matrix.parts, dtype)
             kept = {key: entry.clone() for key, entry in entries.items()}
@@ -47,7 +47,7 @@ class FormatChecks(KitBase):
 
     def test_entries_are_as_declared(self, subject: Subject, bench: Workbench) -> None:
         """What pack writes is what entries() announces: a reader checks files against that."""
-        for name, matrix, fmt in self._matrices(subject, bench):
+        for name, matrix, fmt in self._packable(subject, bench):
             declared = dict(fmt.entries(matrix.quant_layout))
             packed = fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype)
             assert fmt.markers <= fmt.names, f"the markers {sorted(fmt.markers)} are not among the names {sorted(fmt.names)}"

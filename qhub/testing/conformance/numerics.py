@@ -39,12 +39,14 @@ def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tens
     if bias is not None:
         bound = bound + bias.abs() * (compute + output)
     scheme = weight.quant_layout.activation
+    # What is rounded is the transformed input, whose largest entry a rotation may raise up to the norm.
+    largest = rows if weight.quant_layout.transforms else x.double().abs().amax(dim=1, keepdim=True)
     if scheme.kind == "int8":
-        step = x.double().abs().amax(dim=1, keepdim=True) / 127
+        step = largest / 127
         bound = bound + 0.5 * step * dense.abs().sum(dim=1) * (1 + compute)
     elif scheme.kind == "float8":
         # E4M3 has three explicit bits: half a step is at most 2^-4 of the value, or of the smallest normal one.
-        smallest = x.double().abs().amax(dim=1, keepdim=True) / 448 * 2.0**-6
+        smallest = largest / 448 * 2.0**-6
         bound = bound + 2.0**-4 * (rows * columns + smallest * dense.abs().sum(dim=1))
     return bound
 

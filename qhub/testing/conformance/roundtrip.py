@@ -57,13 +57,15 @@ print(json.dumps(said))
 class RoundTripChecks(KitBase):
     """Uses the method as a user does: ``from_pretrained``, ``save_pretrained``, ``dequantize``, ``generate``."""
 
-    @pytest.fixture(scope="class")
-    def reloaded(self, request: pytest.FixtureRequest, bench: Workbench) -> dict[str, Any]:
+    @pytest.fixture
+    def reloaded(self, bench: Workbench) -> dict[str, Any]:
         """Return what one fresh process made of every subject's checkpoints, single-file and sharded."""
-        cls = request.cls
+        return bench.once("reloaded", lambda: self._reload_everything(bench))
+
+    def _reload_everything(self, bench: Workbench) -> dict[str, Any]:
         folders: dict[tuple[Subject, str], Path] = {}
         failures: dict[Subject, Exception] = {}
-        for _, subject in cls.subjects(every_architecture=True):
+        for _, subject in self.subjects(every_architecture=True):
             try:
                 folders[subject, "one file"] = bench.saved(subject)
                 folders[subject, "sharded"] = bench.folder("sharded")
@@ -75,8 +77,8 @@ class RoundTripChecks(KitBase):
         task = {
             "folders": [str(folder) for folder in folders.values()],
             "input": INPUT.tolist(),
-            "dense": str(bench.dense(cls.architectures[0])) if cls.can_quantize else "",
-            "config": bench.values(0) if cls.can_quantize else {},
+            "dense": str(bench.dense(self.architectures[0])) if self.can_quantize else "",
+            "config": bench.values(0) if self.can_quantize else {},
             "out": str(out / "model"),
             "logits": str(out / "logits.safetensors"),
         }

@@ -93,14 +93,13 @@ class KitBase:
         }
         for name, made in cases.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, [value for _, value in made], ids=[ident for ident, _ in made], scope="class")
+                metafunc.parametrize(name, [value for _, value in made], ids=[ident for ident, _ in made])
 
-    @pytest.fixture(scope="class")
-    def bench(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-        """Give the models of this class, made when first asked for."""
+    @pytest.fixture
+    def bench(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+        """Give the models of this class, each made when it is first asked for and kept for the other tests."""
         threads = torch.get_num_threads()
         # On matrices this small a second thread only waits, and on a busy machine it waits long.
         torch.set_num_threads(1)
-        cls = request.cls
-        yield Workbench(cls.method, list(cls.configs), cls.hidden_size, tmp_path_factory)
+        yield Workbench.of(type(self), tmp_path_factory)
         torch.set_num_threads(threads)

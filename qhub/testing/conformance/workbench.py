@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ from qhub.testing.conformance.models import INPUT, build_config, write_model
 from qhub.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from qhub.testing.conformance.subject import Subject
+    from qhub.testing.conformance.subject import KitBase, Subject
 
 __all__ = ["Workbench", "matrices_of", "quantized_weights"]
 
 # Dense models are the same for all classes of a run.
 _dense: dict[tuple[str, int], Path] = {}
+# The class under test; pytest runs one after the other, so an earlier one's models can go.
+_benches: dict[type, Workbench] = {}
 
 
 class Workbench:
@@ -39,7 +41,22 @@ class Workbench:
         self._factory = factory
         self._models: dict[Subject, Any] = {}
         self._saved: dict[Subject, Path] = {}
-        self.notes: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, tests: type[KitBase], factory: pytest.TempPathFactory) -> Workbench:
+        """Return the workbench of a test class: the same one for all its tests."""
+        # Not a class-scoped fixture: pytest 10 wants those as classmethods, which pytest 8 does not take.
+        if tests not in _benches:
+            _benches.clear()
+            _benches[tests] = cls(tests.method, list(tests.configs), tests.hidden_size, factory)
+        return _benches[tests]
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned the first time it was asked for under ``name``."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def folder(self, name: str) -> Path:
         """Return a new empty folder."""

@@ -36,7 +36,7 @@ def spec() -> ConfigSpec:
 
 
 def from_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of HqqConfig for command-line ``options``: ``bits`` is called ``nbits`` here, a group of -1 None."""
+    """Return the arguments of HqqConfig for command-line ``options``: bits are ``nbits``, a group of -1 is None."""
     values = {("nbits" if name == "bits" else name): value for name, value in options.items()}
     if values.get("group_size") == -1:
         values["group_size"] = None
@@ -49,8 +49,8 @@ def check(config: Any) -> None:
     clash = disagreement(settings.values())
     if clash is not None:
         raise ConfigError(
-            f"two layers of an hqq config have the same nbits, group_size and axis and differ otherwise: {clash[0]} and {clash[1]}. "
-            "Give them the same optimize, round_zero and view_as_float"
+            f"two layers of an hqq config have the same nbits, group_size and axis and differ otherwise: {clash[0]} "
+            f"and {clash[1]}. Give them the same optimize, round_zero and view_as_float"
         )
     skip = config.skip_modules
     if skip is not None and not (isinstance(skip, (list, tuple)) and all(isinstance(name, str) for name in skip)):

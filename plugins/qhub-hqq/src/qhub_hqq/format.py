@@ -30,9 +30,16 @@ __all__ = ["HqqFormat"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBERS = ("nbits", "group_size", "axis")
 _FLAGS = (
-    "channel_wise", "optimize", "round_zero", "view_as_float",
-    "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict", "stores_quant_config",
-)  # fmt: skip
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    "view_as_float",
+    "quant_scale",
+    "quant_zero",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+)
 _STRINGS = ("packing", "unpack_view_dtype", "compute_dtype")
 # The longest string that hqq writes is "torch.bfloat16".
 _LONGEST = 32
@@ -41,8 +48,9 @@ _LONGEST = 32
 class HqqFormat(Format):
     """Translates between the parts of an affine layout and the entries that ``HQQLinear`` writes and reads.
 
-    ``settings``: of the config, by layer tag. With one setting for all layers the file must agree with it. With settings per
-    layer the file's own metadata decides: hqq reads nothing else, and a merged or renamed model may have lost its tags.
+    ``settings``: of the config, by layer tag. With one setting for all layers the file must agree with it. With
+    settings per layer the file's own metadata decides: hqq reads nothing else, and a merged or renamed model may have
+    lost its tags.
     """
 
     def __init__(self, settings: Mapping[str | None, Settings]) -> None:
@@ -118,13 +126,13 @@ class HqqFormat(Format):
         for name in ("scale", "zero"):
             if tuple(entries[name].shape) != shape or entries[name].dtype not in _FLOATS:
                 raise LayoutError(
-                    f"entry {name!r} is {entries[name].dtype} {tuple(entries[name].shape)}, expected float32, float16 or bfloat16 "
-                    f"{shape} for {_words_of(stored)}"
+                    f"entry {name!r} is {entries[name].dtype} {tuple(entries[name].shape)}, expected float32, float16 "
+                    f"or bfloat16 {shape} for {_words_of(stored)}"
                 )
         if entries["scale"].dtype != entries["zero"].dtype:
             raise LayoutError(
-                f"entries 'scale' and 'zero' have dtypes {entries['scale'].dtype} and {entries['zero'].dtype}: hqq stores both in "
-                "its compute dtype"
+                f"entries 'scale' and 'zero' have dtypes {entries['scale'].dtype} and {entries['zero'].dtype}: hqq "
+                "stores both in its compute dtype"
             )
         codes = unpack_slabs(words, bits, rows).reshape(stored.out_features, stored.in_features)
         return stored, {
@@ -143,7 +151,7 @@ class HqqFormat(Format):
                 raise LayoutError(f"entry 'shape' says {found[0]}x{found[1]}, the model's weight is {n}x{k}")
         for name in ("quant_scale", "quant_zero", "offload_meta"):
             if name in entries and _integers(name, entries[name], 1) != (0,):
-                raise LayoutError(f"entry {name!r} is set: scales and zeros that are quantized or offloaded cannot be read")
+                raise LayoutError(f"entry {name!r} is set: quantized or offloaded scales and zeros cannot be read")
         numbers = {name: _integers(name, entries[name], 1)[0] for name in _NUMBERS if name in entries}
         nbits, axis = numbers.get("nbits", planned.bits), numbers.get("axis", settings.axis)
         group_size = numbers.get("group_size", settings.group(n, k))
@@ -152,16 +160,19 @@ class HqqFormat(Format):
             channel_wise = bool(_integers("channel_wise", entries["channel_wise"], 1)[0])
         if nbits not in PACKING or axis not in (0, 1) or group_size < 1:
             raise LayoutError(
-                f"the metadata say nbits={nbits}, axis={axis}, group_size={group_size}: hqq has no such layout, the file is damaged"
+                f"the metadata say nbits={nbits}, axis={axis}, group_size={group_size}: hqq has no such layout, the "
+                "file is damaged"
             )
         try:
             stored = Settings(nbits, group_size, axis, channel_wise).layout(n, k, "the weight")
         except ConfigError as error:
-            raise LayoutError(f"the metadata say nbits={nbits}, axis={axis}, group_size={group_size}: {error}") from error
+            said = f"nbits={nbits}, axis={axis}, group_size={group_size}"
+            raise LayoutError(f"the metadata say {said}: {error}") from error
         stored = dataclasses.replace(planned, bits=stored.bits, grid=stored.grid)
         if stored != planned and not self._per_layer:
             raise LayoutError(
-                f"the metadata describe {_words_of(stored)}, the config {_words_of(planned)}: one of the two is of another model"
+                f"the metadata describe {_words_of(stored)}, the config {_words_of(planned)}: one of the two is of "
+                "another model"
             )
         for name, expected in (("packing", PACKING[nbits]), ("unpack_view_dtype", str(word_dtype(nbits)))):
             if name in entries and (text := _string(name, entries[name])) != expected:
@@ -187,8 +198,8 @@ def _words(entries: Mapping[str, Tensor], bits: int, shape: tuple[int, int]) -> 
             words = words.contiguous().view(dtype)
     if words.dtype != dtype or tuple(words.shape) != shape:
         raise LayoutError(
-            f"entry 'W_q' is {entries['W_q'].dtype} {tuple(entries['W_q'].shape)}, expected {dtype} {shape} or as many bytes under "
-            f"a float dtype for {bits}-bit codes"
+            f"entry 'W_q' is {entries['W_q'].dtype} {tuple(entries['W_q'].shape)}, expected {dtype} {shape} or as many "
+            f"bytes under a float dtype for {bits}-bit codes"
         )
     return words
 
@@ -208,5 +219,6 @@ def _integers(name: str, value: Tensor, count: int) -> tuple[int, ...]:
 
 def _string(name: str, value: Tensor) -> str:
     if value.dtype != torch.uint8 or value.ndim != 1 or value.numel() > _LONGEST:
-        raise LayoutError(f"entry {name!r} is {value.dtype} {tuple(value.shape)}, expected up to {_LONGEST} ASCII codes in uint8")
+        found = f"{value.dtype} {tuple(value.shape)}"
+        raise LayoutError(f"entry {name!r} is {found}, expected up to {_LONGEST} ASCII codes in uint8")
     return bytes(value.tolist()).decode("ascii", errors="replace")

@@ -13,13 +13,14 @@ __all__ = ["HqqConfig"]
 
 
 class HqqConfig(quantization_config.HqqConfig):
-    """Holds the same values as transformers' own class, under the same names; see :func:`qhub_hqq.initialize.initialize`."""
+    """Holds what transformers' own class holds, under the same names; see :func:`qhub_hqq.initialize.initialize`."""
 
     __init__ = initialize
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:
-        """Return a config from what a ``config.json`` holds (``quant_config``, ``skip_modules``), or from the arguments of the class.
+    def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return a config from what a ``config.json`` holds (``quant_config``, ``skip_modules``), or from the arguments
+        of the class.
 
         Raises :class:`ConfigError` when both are mixed.
         """
@@ -28,7 +29,9 @@ class HqqConfig(quantization_config.HqqConfig):
             return cls(**values, **kwargs)
         surplus = sorted(set(values) - {"quant_config", "skip_modules"})
         if surplus:
-            raise ConfigError(f"an hqq config holds 'quant_config' and {surplus}: the settings of the layers go into quant_config")
+            raise ConfigError(
+                f"an hqq config holds 'quant_config' and {surplus}: the settings of the layers go into quant_config"
+            )
         result = cls(skip_modules=values.get("skip_modules"))
         result.quant_config = values["quant_config"]
         return result

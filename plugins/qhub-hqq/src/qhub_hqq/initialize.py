@@ -25,9 +25,9 @@ def initialize(
 
     ``nbits``: 8, 4, 3, 2 or 1. ``group_size``: a multiple of 8; None for whole rows (axis 1) or columns (axis 0).
     ``view_as_float``: store packed codes under a float dtype. ``axis``: 0 or 1; None stands for 1. ``dynamic_config``:
-    ``{layer tag: {"nbits": ..., "group_size": ..., ...}}``; layers whose tag (the module's name without "model", "layers" and
-    numbers) is not in it stay dense. ``skip_modules``: modules or tags to leave dense; None stands for the output head.
-    Raises :class:`ConfigError` on bad values.
+    ``{layer tag: {"nbits": ..., "group_size": ..., ...}}``; layers whose tag (the module's name without "model",
+    "layers" and numbers) is not in it stay dense. ``skip_modules``: modules or tags to leave dense; None stands for the
+    output head. Raises :class:`ConfigError` on bad values.
     """
     from transformers.utils.quantization_config import QuantizationMethod
 

@@ -34,8 +34,8 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     if per_layer and weights and not any(layer_tag(weight.module) in settings for weight in weights):
         known = sorted({layer_tag(weight.module) for weight in weights})
         raise ConfigError(
-            f"none of the layer tags {sorted(map(str, settings))} of this hqq config is in the model, whose tags are {known}: "
-            "write the keys of dynamic_config as these"
+            f"none of the layer tags {sorted(map(str, settings))} of this hqq config is in the model, whose tags are "
+            f"{known}: write the keys of dynamic_config as these"
         )
     skipped = frozenset(config.skip_modules or ())
     plans: dict[str, LayerPlan | Skip] = {}
@@ -55,19 +55,29 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
 
 def _plan_one(weight: WeightInfo, settings: Settings) -> LayerPlan:
     layout = settings.layout(weight.out_features, weight.in_features, weight.module)
-    # torch refuses to view bytes under a wider dtype where a row is no whole number of elements; 3-bit codes fill int32 words.
+    # torch refuses to view bytes under a wider dtype where a row is no whole number of elements; 3-bit codes fill int32
+    # words.
     row_bytes = code_shape(layout)[1] * (4 if settings.nbits == 3 else 1)
     if settings.view_as_float and math.gcd(row_bytes, weight.dtype.itemsize) != weight.dtype.itemsize:
         raise ConfigError(
-            f"view_as_float: the rows of the packed codes of {weight.module} are {row_bytes} bytes, which is no whole number of "
-            f"{weight.dtype} elements: choose another group size or axis, or view_as_float=False"
+            f"view_as_float: the rows of the packed codes of {weight.module} are {row_bytes} bytes, which is no whole "
+            f"number of {weight.dtype} elements: choose another group size or axis, or view_as_float=False"
         )
     return LayerPlan(layout)
 
 
 def merge_policy() -> AdapterPolicy:
-    """Return how an update is written: whichever of the old grid and a min/max grid is nearer to the new values.
+    """Return how an update is written: on the old grid or on a refitted one, whichever is nearer to the new values.
 
-    The half-quadratic solver itself is not run again.
+    What is lost, as relative error of the weight with the update in it, mean over three matrices of a language model
+    (doclm-26m), random rank-8 updates, groups of 64, axis 1::
+
+        bits  quantizing cost   update of 1 %: old grid / refitted / hqq anew   update of 10 %: old / refitted / anew
+        4     8.8 %             1.00 / 2.09 / 1.83 %                            7.81 / 7.60 / 7.74 %
+        3     18.6 %            1.00 / 1.04 / 1.09 %                            9.78 / 9.64 / 10.11 %
+
+    So an update far below the grid's own step (1 %) is lost: the nearest codes stay what they were, and a new grid adds
+    more noise than the update is large. Keep such an adapter unmerged, or merge it before quantizing. Solving the
+    half-quadratic problem again is no better than a refit.
     """
     return AdapterPolicy(grid="best")

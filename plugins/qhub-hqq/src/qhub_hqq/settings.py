@@ -1,6 +1,7 @@
 """What an HQQ config says of one layer, and the layout that follows from it.
 
-The names and defaults are those of hqq 0.2.8 (``hqq/core/quantize.py``, ``hqq_base_quant_config`` and ``Quantizer.quantize``).
+The names and defaults are those of hqq 0.2.8 (``hqq/core/quantize.py``, ``hqq_base_quant_config`` and
+``Quantizer.quantize``).
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _LAYER_KEYS = frozenset({"weight_quant_params", "scale_quant_params", "zero_quan
 class Settings:
     """Says how one layer is quantized and stored.
 
-    ``nbits``: 8, 4, 3, 2 or 1. ``group_size``: weights that share a scale; None: a whole row (axis 1) or column (axis 0).
-    ``axis``: 1: runs of the flattened matrix, 0: columns of the flattened matrix seen as (group_size, rest).
-    ``channel_wise``: False: one scale for the whole matrix, which is then not optimized. ``optimize``: whether the zeros are
-    fitted by the half-quadratic solver; False: plain min/max. ``round_zero``: whether the zeros are rounded before that.
-    ``view_as_float``: whether the packed codes are stored under a float dtype.
+    ``nbits``: 8, 4, 3, 2 or 1. ``group_size``: weights that share a scale; None: a whole row (axis 1) or column (axis
+    0). ``axis``: 1: runs of the flattened matrix, 0: columns of the flattened matrix seen as (group_size, rest).
+    ``channel_wise``: False: one scale for the whole matrix, which is then not optimized. ``optimize``: whether the
+    zeros are fitted by the half-quadratic solver; False: plain min/max. ``round_zero``: whether the zeros are rounded
+    before that. ``view_as_float``: whether the packed codes are stored under a float dtype.
     """
 
     nbits: int = 4
@@ -57,12 +58,13 @@ class Settings:
     def parse(cls, values: Any, where: str) -> Settings:
         """Return the settings in ``values``, one layer's dictionary as hqq's BaseQuantizeConfig makes it.
 
-        ``where``: names the dictionary in messages. Raises :class:`ConfigError` on an unknown key or an impossible value.
+        ``where``: names the dictionary in messages. Raises :class:`ConfigError` on an unknown key or an impossible
+        value.
         """
         if not isinstance(values, Mapping) or "weight_quant_params" not in values:
             raise ConfigError(
-                f"{where} of an hqq config is {values!r}: it must be a dictionary with the key 'weight_quant_params', as "
-                "HqqConfig(nbits=..., group_size=...) makes it"
+                f"{where} of an hqq config is {values!r}: it must be a dictionary with the key 'weight_quant_params', "
+                "as HqqConfig(nbits=..., group_size=...) makes it"
             )
         unknown = sorted(set(values) - _LAYER_KEYS)
         params = values["weight_quant_params"]
@@ -72,12 +74,17 @@ class Settings:
         missing = sorted({"nbits", "group_size", "axis"} - set(params))
         if unknown or missing:
             raise ConfigError(
-                f"{where} of an hqq config has unknown keys {unknown} and lacks {missing}; it knows {sorted(_LAYER_KEYS)} and, in "
-                f"weight_quant_params, {list(_WEIGHT_KEYS)}"
+                f"{where} of an hqq config has unknown keys {unknown} and lacks {missing}; it knows "
+                f"{sorted(_LAYER_KEYS)} and, in weight_quant_params, {list(_WEIGHT_KEYS)}"
             )
         flags = {}
         # What hqq's Quantizer.quantize does where the dictionary says nothing.
-        for name, default in (("channel_wise", True), ("optimize", True), ("round_zero", False), ("view_as_float", False)):
+        for name, default in (
+            ("channel_wise", True),
+            ("optimize", True),
+            ("round_zero", False),
+            ("view_as_float", False),
+        ):
             flags[name] = params.get(name, default)
             if not isinstance(flags[name], bool):
                 raise ConfigError(f"{name}={flags[name]!r} in {where} of an hqq config: it is True or False")
@@ -87,17 +94,19 @@ class Settings:
 
     def _verify(self, where: str) -> None:
         if type(self.nbits) is not int or self.nbits not in NBITS:
-            raise ConfigError(f"nbits={self.nbits!r} in {where} of an hqq config: hqq packs {', '.join(map(str, NBITS))} bits")
+            raise ConfigError(f"nbits={self.nbits!r} in {where} of an hqq config: it is one of {NBITS}")
         if type(self.axis) is not int or self.axis not in (0, 1):
             raise ConfigError(f"axis={self.axis!r} in {where} of an hqq config: it is 0 or 1")
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ConfigError(
-                f"group_size={self.group_size!r} in {where} of an hqq config: it is a positive number, or None for whole rows "
-                "(axis 1) or columns (axis 0)"
+                f"group_size={self.group_size!r} in {where} of an hqq config: it is a positive number, or None for "
+                "whole rows (axis 1) or columns (axis 0)"
             )
         if not self.channel_wise and self.nbits == 3:
             # hqq cuts the padding of 3-bit codes off by the group size, which says nothing here.
-            raise ConfigError(f"nbits=3 with channel_wise=False in {where} of an hqq config: hqq could not read the file back")
+            raise ConfigError(
+                f"nbits=3, channel_wise=False in {where} of an hqq config: hqq could not read the file back"
+            )
 
     def group(self, out_features: int, in_features: int) -> int:
         """Return the group size with None resolved as ``HQQLinear.initialize`` does."""
@@ -111,8 +120,8 @@ class Settings:
         size = f"{where} ({out_features}x{in_features})"
         if out_features * in_features % group:
             raise ConfigError(
-                f"group_size={group} does not divide the {out_features * in_features} weights of {size}: choose one that does, or "
-                "list the module in skip_modules"
+                f"group_size={group} does not divide the {out_features * in_features} weights of {size}: choose one "
+                "that does, or list the module in skip_modules"
             )
         if not self.channel_wise:
             grid = Grid("block", out_features, in_features)
@@ -127,8 +136,9 @@ class Settings:
         per_word = CODES_PER_WORD[self.nbits]
         if self.nbits != 3 and rows % per_word:
             raise ConfigError(
-                f"hqq packs {per_word} rows of {self.nbits}-bit codes into one, and {size} has {rows} of them with group_size="
-                f"{self.group_size}, axis={self.axis}: choose another group size, or list the module in skip_modules"
+                f"hqq packs {per_word} rows of {self.nbits}-bit codes into one, and {size} has {rows} of them with "
+                f"group_size={self.group_size}, axis={self.axis}: choose another group size, or list the module in "
+                "skip_modules"
             )
         return layout
 
@@ -152,9 +162,10 @@ def base_config(
     view_as_float: Any = False,
     axis: Any = 1,
 ) -> dict[str, Any]:
-    """Return one layer's dictionary as hqq's ``BaseQuantizeConfig`` makes it; raises :class:`ConfigError` on bad values.
+    """Return one layer's dictionary as hqq's ``BaseQuantizeConfig`` makes it.
 
-    ``quant_zero``, ``quant_scale``, ``offload_meta``: given up by hqq; a warning says that they change nothing.
+    ``quant_zero``, ``quant_scale``, ``offload_meta``: given up by hqq; a warning says that they change nothing. Raises
+    :class:`ConfigError` on bad values.
     """
     given_up = {"quant_zero": quant_zero, "quant_scale": quant_scale, "offload_meta": offload_meta}
     if any(given_up.values()):
@@ -170,7 +181,12 @@ def base_config(
         "axis": axis,
         "view_as_float": view_as_float,
     }
-    values = {"weight_quant_params": weight, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
+    values = {
+        "weight_quant_params": weight,
+        "scale_quant_params": None,
+        "zero_quant_params": None,
+        "offload_meta": False,
+    }
     Settings.parse(values, "quant_config")
     return values
 
@@ -178,14 +194,14 @@ def base_config(
 def ignore(names: Iterable[str]) -> None:
     """Warn that the settings ``names`` change nothing."""
     warnings.warn(
-        f"hqq config: {', '.join(names)} is ignored, as hqq 0.2.8 itself does or must to save a model: scales and zeros stay in "
-        "the model's dtype, beside the weights",
+        f"hqq config: {', '.join(names)} is ignored, as hqq 0.2.8 itself does or must to save a model: scales and "
+        "zeros stay in the model's dtype, beside the weights",
         stacklevel=3,
     )
 
 
 def is_per_layer(quant_config: Any) -> bool:
-    """Return whether ``quant_config`` holds one dictionary per layer tag (``dynamic_config``) and not one for all layers."""
+    """Return whether ``quant_config`` holds one dictionary per layer tag (``dynamic_config``), not one for all."""
     return isinstance(quant_config, Mapping) and "weight_quant_params" not in quant_config and bool(quant_config)
 
 
@@ -203,8 +219,8 @@ def settings_of(config: Any) -> dict[str | None, Settings]:
 def settings_on(layout: Layout, settings: Mapping[str | None, Settings]) -> Settings:
     """Return those of ``settings`` that ``layout`` was planned from.
 
-    A layout has no place for ``optimize``, ``round_zero`` and ``view_as_float``; entries that share a layout must agree on
-    them (see :func:`disagreement`). A layout that none of them gives, read from a file, gets hqq's defaults.
+    A layout has no place for ``optimize``, ``round_zero`` and ``view_as_float``; entries that share a layout must agree
+    on them (see :func:`disagreement`). A layout that none of them gives, read from a file, gets hqq's defaults.
     """
     assert isinstance(layout, Affine)
     for one in settings.values():
@@ -219,9 +235,10 @@ def settings_on(layout: Layout, settings: Mapping[str | None, Settings]) -> Sett
 def same_layout(settings: Settings, layout: Affine) -> bool:
     """Return whether ``settings`` give ``layout`` for its shape."""
     try:
-        return settings.layout(layout.out_features, layout.in_features, "").grid == layout.grid and settings.nbits == layout.bits
+        planned = settings.layout(layout.out_features, layout.in_features, "")
     except ConfigError:
         return False
+    return (planned.grid, planned.bits) == (layout.grid, layout.bits)
 
 
 def disagreement(settings: Iterable[Settings]) -> tuple[Settings, Settings] | None:

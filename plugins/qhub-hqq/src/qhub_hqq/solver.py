@@ -1,10 +1,10 @@
 """The numbers of HQQ: min/max scales, then zeros fitted by half-quadratic splitting. No calibration data.
 
-Method: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): find the zeros z that minimize
-``|| W - s (Q(W) - z) ||_p^p`` with p = 0.7, by splitting off the error ``W_e`` and alternating two steps with closed forms.
-Choices of detail follow hqq 0.2.8 (``hqq/core/quantize.py``, ``Quantizer.quantize``, and ``hqq/core/optimize.py``,
-``optimize_weights_proximal_legacy``, its default), so that the same numbers come out: they depend on the order of the
-float32 operations.
+Method: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): find the zeros z that
+minimize ``|| W - s (Q(W) - z) ||_p^p`` with p = 0.7, by splitting off the error ``W_e`` and alternating two steps with
+closed forms. Choices of detail follow hqq 0.2.8 (``hqq/core/quantize.py``, ``Quantizer.quantize``, and
+``hqq/core/optimize.py``, ``optimize_weights_proximal_legacy``, its default), so that the same numbers come out: they
+depend on the order of the float32 operations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize", "shrink"]
 
-# The paper raises beta by a factor kappa in each iteration; hqq's default optimizer has that parameter and never uses it.
+# The paper raises beta by a factor kappa in each iteration; hqq's default optimizer has that parameter and never uses
+# it.
 _P, _BETA, _ITERATIONS = 0.7, 10.0, 20
 # Groups narrower than this get the scale 1, and no step is finer than 1 / 2e4: float16 could not hold their zeros.
 _NARROW, _FINEST = 1e-4, 2e4
@@ -33,8 +34,9 @@ _NARROW, _FINEST = 1e-4, 2e4
 def quantize(weight: Tensor, layout: Layout, settings: Settings) -> Mapping[str, Tensor]:
     """Return the parts ``qweight``, ``scales`` and ``zeros`` of ``layout`` for ``weight`` (N, K) of any float dtype.
 
-    Computed in float32 on every device (hqq itself uses float16 on CUDA); scales and zeros are then rounded to the weight's
-    dtype, hqq's ``compute_dtype``. Raises :class:`LayoutError` when the weight, or a zero in that dtype, is not finite.
+    Computed in float32 on every device (hqq itself uses float16 on CUDA); scales and zeros are then rounded to the
+    weight's dtype, hqq's ``compute_dtype``. Raises :class:`LayoutError` when the weight, or a zero in that dtype, is
+    not finite.
     """
     assert isinstance(layout, Affine)
     dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -46,8 +48,8 @@ def quantize(weight: Tensor, layout: Layout, settings: Settings) -> Mapping[str,
     scale, zero = scale.to(dtype), zero.to(dtype)
     if not bool(torch.isfinite(zero).all()):
         raise LayoutError(
-            f"a zero point of the {layout.out_features}x{layout.in_features} weight exceeds {dtype}: its groups are narrow and far "
-            "from 0. Load the model in bfloat16 or float32, or list the module in skip_modules"
+            f"a zero point of the {layout.out_features}x{layout.in_features} weight exceeds {dtype}: its groups are "
+            "narrow and far from 0. Load the model in bfloat16 or float32, or list the module in skip_modules"
         )
     shape = layout.scale_shape
     return {
@@ -58,7 +60,7 @@ def quantize(weight: Tensor, layout: Layout, settings: Settings) -> Mapping[str,
 
 
 def _numbers(w: Tensor, settings: Settings, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes of w's shape, scales and zeros, all float32, for ``w`` as the matrix whose rows or columns are groups."""
+    """Return codes of w's shape, scales and zeros, in float32, for ``w`` whose rows or columns are groups."""
     axis = settings.axis
     if settings.channel_wise:
         low, high = w.min(axis, keepdim=True).values, w.max(axis, keepdim=True).values
@@ -83,9 +85,9 @@ def _codes(w: Tensor, rate: Tensor, zero: Tensor, largest: int) -> Tensor:
 def _fit_zeros(w: Tensor, rate: Tensor, zero: Tensor, axis: int, codes: Callable[[Tensor], Tensor]) -> Tensor:
     """Return zeros that lower ``|| w - (q - zero) / rate ||_p``, for q the codes under them.
 
-    One iteration: codes q and error under the present zeros; split off the large errors W_e (:func:`shrink`); the zeros that
-    fit the rest are ``mean(q - (w - W_e) * rate)`` (paper, section "sub-problem 2"). Ends as soon as the mean absolute
-    error of the whole matrix does not fall.
+    One iteration: codes q and error under the present zeros; split off the large errors W_e (:func:`shrink`); the zeros
+    that fit the rest are ``mean(q - (w - W_e) * rate)`` (paper, section "sub-problem 2"). Ends as soon as the mean
+    absolute error of the whole matrix does not fall.
     """
     best: Tensor | None = None
     for _ in range(_ITERATIONS):

@@ -2,8 +2,8 @@
 
     python make_golden.py
 
-Keys: ``weight.<dtype>`` the dense weights; ``<case>.<entry>`` the entries of ``HQQLinear.state_dict()``; ``<case>.dequantized``
-what ``HQQLinear.dequantize()`` returns. The header's metadata hold each case's settings as JSON.
+Keys: ``weight.<dtype>`` the dense weights; ``<case>.<entry>`` the entries of ``HQQLinear.state_dict()``;
+``<case>.dequantized`` what ``HQQLinear.dequantize()`` returns. The header's metadata hold each case's settings as JSON.
 """
 
 import json

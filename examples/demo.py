@@ -1,0 +1,165 @@
+"""Quantizes a real model with every installed method, measures each, draws the result, and sends one through a Hub and back.
+
+Run by ``make demo``. The model is ``examples/models/doclm-5m``; figures follow the protocol of :mod:`qhub.evaluate`. Nothing leaves
+this machine: the Hub is a server on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qhub import plugins
+from qhub.evaluate import compare, decode_speed, windows_of
+from qhub.testing.hub_server import HubServer
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE / "models" / "doclm-5m"
+TEXT = HERE / "text" / "eval_mix.txt"
+
+
+@dataclass
+class Row:
+    """Is one line of the demo's table. ``bits``: per quantized weight, all its tensors counted."""
+
+    method: str
+    preset: str
+    bits: float
+    megabytes: float
+    perplexity: float
+    kl_mean: float
+    top1: float
+    tokens_per_second: float
+    seconds: float
+
+
+def measure(method: str, preset: str, config: dict[str, Any] | None, base: Any, tokens: Any, prompt: Any) -> tuple[Row, Any]:
+    """Load the model, quantized if ``config`` is given, and measure it against ``base``."""
+    started = time.perf_counter()
+    arguments = {} if config is None else {"quantization_config": {"quant_method": method, **config}}
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, **arguments)
+    seconds = time.perf_counter() - started
+    found = compare(model, base, tokens)
+    speed = decode_speed(model, prompt, new_tokens=32, runs=3)
+    from qhub import QuantizedTensor
+
+    weights = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
+    count = sum(w.numel() for w in weights)
+    bits = 8 * sum(w.nbytes for w in weights) / count if count else 32.0
+    size = model.get_memory_footprint() / 1e6
+    row = Row(method, preset, bits, size, found.model.value, found.kl_mean, found.top1_agreement, speed.tokens_per_second, seconds)
+    return row, model
+
+
+def draw(rows: list[Row], base: float, file: Path) -> None:
+    """Draw perplexity over bits per weight, one point a configuration."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=120)
+    for method in dict.fromkeys(row.method for row in rows):
+        points = [row for row in rows if row.method == method]
+        axes.scatter([p.bits for p in points], [p.perplexity for p in points], s=48, label=method, zorder=3)
+        for point in points:
+            axes.annotate(point.preset, (point.bits, point.perplexity), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.axhline(base, color="0.5", linewidth=1, linestyle="--", label="16-bit model")
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per quantized weight, scales and zeros counted")
+    axes.set_ylabel("perplexity (log scale)")
+    axes.set_title("doclm-5m, every installed method")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def through_the_hub(model: Any, console: Console) -> None:
+    """Push ``model`` to a Hub on loopback and load it back in a process that imports only transformers."""
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('demo/doclm-5m', dtype=torch.float32)\n"
+        "torch.save(model(torch.arange(1, 17)[None]).logits.detach(), sys.argv[1])\n"
+    )
+    with HubServer(tokens={"hf_demo": "demo"}) as hub, tempfile.TemporaryDirectory() as folder:
+        with hub.activate(token="hf_demo"):
+            model.push_to_hub("demo/doclm-5m")
+        pushed = hub.repo("demo/doclm-5m")
+        import os
+
+        environment = {**os.environ, **hub.environment(token="hf_demo", cache_dir=Path(folder) / "cache")}
+        result = Path(folder) / "logits.pt"
+        subprocess.run([sys.executable, "-c", script, str(result)], check=True, env=environment, stderr=subprocess.DEVNULL)
+        same = torch.equal(torch.load(result), expected)
+        console.print(f"Pushed to {hub.endpoint} as demo/doclm-5m: {', '.join(sorted(pushed.files))}; tags {sorted(pushed.tags)}")
+        console.print(f"Loaded back in a process that imports only transformers: logits {'identical' if same else 'DIFFER'}")
+    if not same:
+        raise SystemExit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
+    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens to read (the protocol: 24)")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokens = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), count=arguments.windows)
+    prompt = tokens[:1, :32]
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    reference, _ = measure("none", "float32", None, base, tokens, prompt)
+
+    jobs, silent = [], []
+    for name in plugins.list():
+        presets = plugins.call(name, "qhub_config").presets
+        if plugins.has(name, "qhub_quantize") and presets:
+            jobs += [(name, preset, dict(values)) for preset, values in presets.items()]
+        else:
+            silent.append(name)
+    rows, pushed = [reference], None
+    for name, preset, values in track(jobs, description="Quantizing", console=console, transient=True):
+        row, model = measure(name, preset, values, base, tokens, prompt)
+        rows.append(row)
+        pushed = pushed or model
+
+    table = Table(title=f"doclm-5m, {len(tokens)} windows of {tokens.shape[1]} tokens of {TEXT.name}")
+    for heading in ("method", "preset", "bits/weight", "MB", "perplexity", "KL mean", "top-1 %", "tokens/s", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("method", "preset") else "right")
+    for row in rows:
+        table.add_row(
+            row.method, row.preset, f"{row.bits:.3f}", f"{row.megabytes:.1f}", f"{row.perplexity:.3f}", f"{row.kl_mean:.4f}",
+            f"{100 * row.top1:.2f}", f"{row.tokens_per_second:.0f}", f"{row.seconds:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    if silent:
+        console.print(f"Installed, but they only load checkpoints: {', '.join(silent)}")
+    (arguments.out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    draw(rows[1:], reference.perplexity, arguments.out / "demo.png")
+    console.print(f"Drawn: {arguments.out / 'demo.png'}")
+    if pushed is None:
+        console.print("No installed method can quantize: pip install qhub-bitsandbytes")
+        raise SystemExit(1)
+    through_the_hub(pushed, console)
+
+
+if __name__ == "__main__":
+    main()
