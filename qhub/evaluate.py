@@ -1,8 +1,8 @@
 """Measures a causal language model: perplexity, distance from a base model, speed. Pure functions that know no method.
 
-The protocol, which every quality figure of this project follows: the first 150,000 characters of a text, tokenized without
-special tokens; its first 24 windows of 512 tokens, each on its own; float32. Perplexity is the exponential of the mean of the
-windows' losses.
+The protocol, which every quality figure of this project follows: the first 150,000 characters of a text, tokenized
+without special tokens; its first 24 windows of 512 tokens, each on its own; float32. Perplexity is the exponential of
+the mean of the windows' losses.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from torch import Tensor
 
 from qhub.errors import UnsupportedError
 
-__all__ = ["Comparison", "DecodeSpeed", "Perplexity", "compare", "decode_speed", "kl_divergence", "perplexity", "windows_of"]
+__all__ = [
+    "Comparison",
+    "DecodeSpeed",
+    "Perplexity",
+    "compare",
+    "decode_speed",
+    "kl_divergence",
+    "perplexity",
+    "windows_of",
+]
 
-# Positions whose logits are widened to float64 at a time: a vocabulary of 256,000 takes 256 MiB for each of four tensors.
+# Positions whose logits are widened to float64 at a time: 250 MiB for each of four tensors at a vocabulary of 256,000.
 _POSITIONS = 128
 
 
@@ -29,9 +38,9 @@ _POSITIONS = 128
 class Perplexity:
     """Is the perplexity of a model on a text.
 
-    ``value``: exp(mean of ``losses``). ``standard_error``: of ``value``, from how the windows' losses spread (first order: value *
-    their standard error); None for a single window. ``losses``: mean negative log-likelihood per window, in nats. ``tokens``:
-    read. ``seconds``: the forward passes took.
+    ``value``: exp(mean of ``losses``). ``standard_error``: of ``value``, from how the windows' losses spread; None
+    for a single window. ``losses``: mean negative log-likelihood per window, in nats. ``tokens``: how many were read.
+    ``seconds``: what the forward passes took.
     """
 
     value: float
@@ -50,8 +59,8 @@ class Perplexity:
 class Comparison:
     """Says how far a model's predictions are from those of its base, position by position.
 
-    ``kl_mean``, ``kl_median``, ``kl_p99``: of KL(base || model) in nats. ``top1_agreement``: share of positions, 0 to 1, where both
-    find the same token likeliest. ``positions``: compared.
+    ``kl_mean``, ``kl_median``, ``kl_p99``: of KL(base || model) in nats. ``top1_agreement``: share of positions, 0 to
+    1, where both find the same token likeliest. ``positions``: how many were compared.
     """
 
     model: Perplexity
@@ -79,7 +88,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Is the speed of greedy generation of ``new_tokens`` tokens at batch size 1: the median of ``seconds``, one per run."""
+    """Is the speed of greedy generation at batch size 1: ``new_tokens`` in each run, ``seconds`` of the runs."""
 
     new_tokens: int
     seconds: tuple[float, ...]
@@ -90,17 +99,21 @@ class DecodeSpeed:
         return self.new_tokens / statistics.median(self.seconds)
 
 
-def windows_of(tokenizer: Any, text: str, *, count: int = 24, length: int = 512, characters: int | None = 150_000) -> Tensor:
+def windows_of(
+    tokenizer: Any, text: str, *, count: int = 24, length: int = 512, characters: int | None = 150_000
+) -> Tensor:
     """Tokenize ``text`` and cut it into windows: (windows, length) int64.
 
-    ``characters``: read so many from the beginning; None for all. ``count``: windows at most; a shorter text gives fewer, what
-    does not fill a window is left out. Raises :class:`UnsupportedError` when the text does not fill one.
+    ``characters``: read so many from the beginning; None for all. ``count``: windows at most; a shorter text gives
+    fewer, what does not fill a window is left out. Raises :class:`UnsupportedError` when the text does not fill one.
     """
     if count < 1 or length < 2:
         raise UnsupportedError(f"{count} windows of {length} tokens: at least one window of two tokens is needed")
     ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < length:
-        raise UnsupportedError(f"the text has {len(ids)} tokens, less than one window of {length}: take a longer text or smaller windows")
+        raise UnsupportedError(
+            f"the text has {len(ids)} tokens, less than one window of {length}: take a longer text or smaller windows"
+        )
     count = min(count, len(ids) // length)
     return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
 
@@ -120,9 +133,10 @@ def perplexity(model: Any, tokens: Tensor) -> Perplexity:
 
 
 def compare(model: Any, base: Any, tokens: Tensor) -> Comparison:
-    """Compare the predictions of ``model`` with those of ``base`` at every position of ``tokens`` (windows, length) int64.
+    """Compare the predictions of ``model`` with those of ``base`` at each position of ``tokens`` (windows, length).
 
-    Raises :class:`UnsupportedError` when one of them cannot read such tokens, or their vocabularies differ in size.
+    ``tokens``: int64. Raises :class:`UnsupportedError` when one of them cannot read such tokens, or their
+    vocabularies differ in size.
     """
     for one in (model, base):
         _check(one, tokens)
@@ -135,7 +149,8 @@ def compare(model: Any, base: Any, tokens: Tensor) -> Comparison:
         wanted, base_took = _logits(base, window)
         if found.shape != wanted.shape:
             raise UnsupportedError(
-                f"the model predicts {found.shape[-1]} tokens and the base {wanted.shape[-1]}: they do not share a vocabulary"
+                f"the model predicts {found.shape[-1]} tokens and the base {wanted.shape[-1]}: "
+                "they do not share a vocabulary"
             )
         wanted = wanted.to(found.device)
         losses[0].append(_loss(found, window))
@@ -156,12 +171,18 @@ def compare(model: Any, base: Any, tokens: Tensor) -> Comparison:
 
 
 def decode_speed(model: Any, prompt: Tensor, *, new_tokens: int = 64, runs: int = 3) -> DecodeSpeed:
-    """Time greedy generation after ``prompt`` (length,) int64, batch size 1, reading the prompt included; one more run warms up.
+    """Time greedy generation after ``prompt`` (length,) int64 at batch size 1.
 
-    Raises :class:`UnsupportedError` when the model does not generate.
+    Reading the prompt is part of the time. One run more than ``runs`` comes first and is not counted. Raises
+    :class:`UnsupportedError` when the model does not generate.
     """
     if not model.can_generate():
         raise UnsupportedError(f"{type(model).__name__} generates no text, so there is no decoding to time")
+    longest = _longest(model)
+    if longest is not None and prompt.numel() + new_tokens > longest:
+        raise UnsupportedError(
+            f"{prompt.numel()} tokens and {new_tokens} new ones: {type(model).__name__} was made for {longest} at most"
+        )
     ids = prompt.reshape(1, -1).to(_device(model))
     mask = torch.ones_like(ids)
     # An end token must not cut a run short.
@@ -179,8 +200,8 @@ def decode_speed(model: Any, prompt: Tensor, *, new_tokens: int = 64, runs: int 
 def kl_divergence(base: Tensor, model: Tensor) -> Tensor:
     """Return KL(base || model) in nats per position, (positions,), for logits (positions, vocabulary).
 
-    sum_v p(v) (log p(v) - log q(v)), p of ``base`` and q of ``model`` (Kullback and Leibler 1951, eq. 2.4), in float64 where the
-    device has it: a good 8-bit model is 1e-4 away, and float32 sums over a large vocabulary are off by as much as 1e-5.
+    sum_v p(v) (log p(v) - log q(v)), p of ``base`` and q of ``model`` (Kullback and Leibler 1951, eq. 2.4), in float64
+    where the device has it.
     """
     wide = torch.float32 if base.device.type == "mps" else torch.float64
     pieces = []
@@ -228,22 +249,35 @@ def _perplexity(losses: list[float], tokens: int, seconds: float) -> Perplexity:
 
 def _error(value: float, losses: list[float]) -> float | None:
     """Return the standard error of exp(mean(losses)) = ``value`` to first order: value * s / sqrt(n)."""
-    return value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    if len(losses) < 2:
+        return None
+    # statistics.stdev raises on NaN.
+    return value * statistics.stdev(losses) / math.sqrt(len(losses)) if math.isfinite(sum(losses)) else math.nan
 
 
 def _check(model: Any, tokens: Tensor) -> None:
     if tokens.ndim != 2 or not len(tokens):
-        raise UnsupportedError(f"tokens have shape {tuple(tokens.shape)}: expected (windows, length), at least one window")
+        raise UnsupportedError(
+            f"tokens have shape {tuple(tokens.shape)}: expected (windows, length), at least one window"
+        )
     if not model.can_generate():
-        raise UnsupportedError(f"{type(model).__name__} predicts no next token: perplexity needs a causal language model")
-    config = model.config.get_text_config()
-    longest, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+        raise UnsupportedError(
+            f"{type(model).__name__} predicts no next token: perplexity needs a causal language model"
+        )
+    longest, vocabulary = _longest(model), getattr(model.config.get_text_config(), "vocab_size", None)
     if longest is not None and tokens.shape[1] > longest:
-        raise UnsupportedError(f"windows of {tokens.shape[1]} tokens: {type(model).__name__} was made for {longest} at most")
+        raise UnsupportedError(
+            f"windows of {tokens.shape[1]} tokens: {type(model).__name__} was made for {longest} at most"
+        )
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
         raise UnsupportedError(
-            f"the text has token {int(tokens.max())}, {type(model).__name__} knows {vocabulary}: the tokenizer is another model's"
+            f"the text has token {int(tokens.max())}, {type(model).__name__} knows {vocabulary}: "
+            "the tokenizer is another model's"
         )
+
+
+def _longest(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -123,5 +123,7 @@ class QuantizerPlugin:
     def qhub_commands(self, app: Any) -> None:
         """Add commands to the ``qhub`` command line.
 
-        Called: broadcast, when the command line starts. ``app``: the :class:`typer.Typer` application. Returns nothing.
+        Called: broadcast, when the commands are listed or one is asked for that is not built in; ``app``: a
+        :class:`typer.Typer` of the plugin's own. Returns nothing. A plugin whose entry module does not mention this hook by
+        name is not imported for it. A name that is taken is left out, with a warning.
         """

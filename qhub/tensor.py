@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from qhub.errors import LayoutError, UnsupportedError
-from qhub.layouts import Layout, nbytes
+from qhub.layouts import Layout, Stacked, nbytes
 from qhub.layouts.rows import identical
 from qhub.layouts.keys import layout_key, layout_of
 from qhub.merging import AdapterPolicy
@@ -454,7 +454,8 @@ def _cat(tensors: list[Any], dim: int = 0) -> Any:
     rows = first.ndim - 1 if first.transposed else first.ndim - 2
     if dim % first.ndim != rows:
         return NotImplemented
-    merged = first.quant_layout.concat_rows([t.parts for t in tensors], [t.quant_layout for t in tensors])
+    parts, layouts = [t.parts for t in tensors], [t.quant_layout for t in tensors]
+    merged = first.quant_layout.concat_rows(parts, layouts) or Stacked.of(layouts, parts)
     return NotImplemented if merged is None else first._like(merged[1], layout=merged[0])
 
 

@@ -1,7 +1,7 @@
 """The Typer application: the built-in commands, those that plugins add, and what errors look like.
 
-Nothing here imports torch: ``qhub --help`` must be quick. Plugins are loaded for their commands only when the list of commands
-is shown or a command is not built in, and then only those whose entry module mentions the hook at all.
+Nothing here imports torch: ``qhub --help`` must be quick. Plugins are loaded for their commands only when the list of
+commands is shown or a command is not built in, and then only those whose entry module mentions the hook at all.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (QhubError, OSError, ImportError) as error:
-            # What transformers raises besides: OSError for a model that is not there, as huggingface_hub and the disk do;
-            # ImportError for a package that one of its own methods needs.
+            # What transformers raises besides: OSError for a model that is not there, as huggingface_hub and the disk
+            # do; ImportError for a package that one of its own methods needs.
             if os.environ.get("QHUB_TRACEBACK", "0") not in ("", "0"):
                 raise
             fail(str(error) or repr(error), json_wanted(ctx), type(error).__name__)
@@ -74,14 +74,15 @@ class _Commands(TyperGroup):
             for command_name, command in typer.main.get_group(own).commands.items():
                 if command_name in self.commands:
                     warnings.warn(
-                        f"the plugin {name!r} brings a command {command_name!r}, a name that is taken: left out", stacklevel=2
+                        f"the plugin {name!r} brings a command {command_name!r}, a name that is taken: left out",
+                        stacklevel=2,
                     )
                 else:
                     self.commands[command_name] = command
 
 
 def _mentions_commands(info: PluginInfo) -> bool:
-    """Return whether the plugin's entry module may have the hook: its source names it, or cannot be read without an import."""
+    """Return whether the plugin's entry module may have the hook: its source names it, or cannot be read unimported."""
     module, _, inside = info.target.partition(":")
     if inside or not all(part.isidentifier() for part in module.split(".")):
         return True
@@ -122,7 +123,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Quantize models with any method, look into the result and measure it.
 

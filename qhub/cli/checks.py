@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -28,8 +29,11 @@ _CPU_FEATURES = (
 
 def all_findings() -> list[Finding]:
     """Return every finding, in the order in which they are best read."""
-    checks = (_packages, _namesake, _settings, _door, _devices, _plugins, _kernel)
-    return [finding for check in checks for finding in check()]
+    first = [finding for check in (_packages, _namesake, _settings) for finding in check()]
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        # Said above already; nothing else can be tried.
+        return first
+    return first + [finding for check in (_door, _devices, _plugins, _kernel) for finding in check()]
 
 
 def _packages() -> Iterator[Finding]:
@@ -63,20 +67,28 @@ def _requirements(owner: str, wanted: list[str], extras: set[str], quiet: bool) 
     for line in wanted:
         requirement = Requirement(line)
         optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if optional and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras if requirement.marker):
+        if optional and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras if requirement.marker
+        ):
             continue
         needs = f"{owner} needs {requirement.specifier}" if str(requirement.specifier) else f"needed by {owner}"
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
             if optional:
-                yield Finding("note", requirement.name, f"not installed; optional ({needs})", f"pip install {requirement.name}")
+                yield Finding(
+                    "note", requirement.name, f"not installed; optional ({needs})", f"pip install {requirement.name}"
+                )
             else:
                 yield Finding("error", requirement.name, f"not installed; {needs}", f"pip install '{line}'")
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            status = "warning" if optional else "error"
-            yield Finding(status, requirement.name, f"{found} is installed; {needs}", f"pip install '{requirement.name}{requirement.specifier}'")
+            yield Finding(
+                "warning" if optional else "error",
+                requirement.name,
+                f"{found} is installed; {needs}",
+                f"pip install '{requirement.name}{requirement.specifier}'",
+            )
         elif not quiet:
             yield Finding("ok", requirement.name, f"{found} ({needs})")
 
@@ -89,8 +101,8 @@ def _namesake() -> Iterator[Finding]:
     yield Finding(
         "error",
         "the package 'qhub'",
-        f"the distribution qhub {other.version} is installed: it is another team's product, and its files lie in the same folder qhub/ as "
-        f"those of {_CORE}",
+        f"the distribution qhub {other.version} is installed: it is another team's product, and its files lie in the "
+        f"same folder qhub/ as those of {_CORE}",
         f"pip uninstall qhub, then pip install --force-reinstall --no-deps {_CORE}",
     )
 
@@ -111,7 +123,12 @@ def _settings() -> Iterator[Finding]:
                 "correct the spelling; qhub list shows the names",
             )
     if os.environ.get("QHUB_ALLOW_PICKLE") == "1":
-        yield Finding("note", "QHUB_ALLOW_PICKLE", "checkpoints that are not safetensors are read too", "unset it unless you trust them")
+        yield Finding(
+            "note",
+            "QHUB_ALLOW_PICKLE",
+            "checkpoints that are not safetensors are read too",
+            "unset it unless you trust them",
+        )
 
 
 def _announced() -> set[str]:
@@ -124,8 +141,10 @@ def _door() -> Iterator[Finding]:
     if os.environ.get("QHUB_AUTOLOAD", "1").strip().lower() in ("0", "false", "no", "off"):
         yield Finding("warning", subject, f"off: QHUB_AUTOLOAD={os.environ['QHUB_AUTOLOAD']}", "unset QHUB_AUTOLOAD")
     elif os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
-        # torch/__init__.py, _is_device_backend_autoload_enabled: the variable stops every entry point of torch.backends.
-        yield Finding("warning", subject, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from calling qhub", "unset it")
+        # torch/__init__.py, _is_device_backend_autoload_enabled: it stops every entry point of torch.backends.
+        yield Finding(
+            "warning", subject, "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from calling qhub", "unset it"
+        )
     elif not any(entry.value.startswith("qhub.autoload") for entry in entry_points(group="torch.backends")):
         yield Finding("error", subject, "torch does not know qhub: its entry point is missing", f"reinstall {_CORE}")
     else:
@@ -138,7 +157,11 @@ def _joined(subject: str) -> Finding:
 
     from qhub.integrations.transformers.quantizer import PluginQuantizer
 
-    served = [cls for cls in auto.AUTO_QUANTIZER_MAPPING.values() if isinstance(cls, type) and issubclass(cls, PluginQuantizer)]
+    served = [
+        cls
+        for cls in auto.AUTO_QUANTIZER_MAPPING.values()
+        if isinstance(cls, type) and issubclass(cls, PluginQuantizer)
+    ]
     if served or not registry.list():
         return Finding("ok", subject, "armed: programs that import only transformers find the plugins")
     return Finding(
@@ -156,7 +179,10 @@ def _devices() -> Iterator[Finding]:
     speed = torch.backends.cpu.get_cpu_capability()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding(
-        "ok", "cpu", f"{platform.machine()}, {cores} cores, torch uses {speed}" + (f"; has {', '.join(features)}" if features else "")
+        "ok",
+        "cpu",
+        f"{platform.machine()}, {cores} cores, torch uses {speed}"
+        + (f"; has {', '.join(features)}" if features else ""),
     )
     if not torch.accelerator.is_available():
         yield Finding("ok", "accelerator", "none that torch can use; every method runs on the CPU")
@@ -167,7 +193,8 @@ def _devices() -> Iterator[Finding]:
         about = ""
         if kind is not None and kind.type == "cuda":
             properties = torch.cuda.get_device_properties(index)
-            about = f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory / 1e9:.0f} GB"
+            capability = f"compute capability {properties.major}.{properties.minor}"
+            about = f"{properties.name}, {capability}, {properties.total_memory / 1e9:.0f} GB"
         yield Finding("ok", name, about or "available")
 
 
@@ -198,9 +225,16 @@ def _plugins() -> Iterator[Finding]:
                 served = f", served by {served_by(name)}" if group == METHOD_GROUP else ""
                 yield Finding("ok", subject, f"{info.distribution} {info.version}{served}")
             except QhubError as error:
-                yield Finding("error", subject, str(error), f"reinstall or update {info.distribution}, or set QHUB_DISABLE={name}")
+                yield Finding(
+                    "error", subject, str(error), f"reinstall or update {info.distribution}, or set QHUB_DISABLE={name}"
+                )
     if not registry.list():
-        yield Finding("warning", "methods", "no quantization method is installed", "pip install 'qhub-core[all]', or one, such as qhub-hqq")
+        yield Finding(
+            "warning",
+            "methods",
+            "no quantization method is installed",
+            "pip install 'qhub-core[all]', or one, such as qhub-hqq",
+        )
     known = set(registry.failures)
     for _, findings in registry.broadcast("qhub_doctor", groups=(METHOD_GROUP, KERNEL_GROUP)):
         yield from findings
@@ -218,4 +252,6 @@ def _kernel() -> Iterator[Finding]:
     if forced and forced in names:
         yield Finding("note", "QHUB_KERNEL", f"forces {forced} for every layer", "unset it to let qhub choose")
     elif forced:
-        yield Finding("error", "QHUB_KERNEL", f"forces {forced}, which no plugin offers: every product will fail", "unset it")
+        yield Finding(
+            "error", "QHUB_KERNEL", f"forces {forced}, which no plugin offers: every product will fail", "unset it"
+        )

@@ -25,12 +25,13 @@ def doctor(as_json: Json = False) -> None:
         from qhub.cli.checks import all_findings
 
         findings = all_findings()
-    errors = sum(finding.status == "error" for finding in findings)
+    statuses = [finding.status for finding in findings]
+    errors = statuses.count("error")
     emit(
         as_json,
         {"findings": findings, "errors": errors},
         table("", ["", "about", "found", "to do"], [_cells(finding) for finding in findings]),
-        f"{errors} error{'' if errors == 1 else 's'}, {sum(finding.status == 'warning' for finding in findings)} warnings",
+        f"errors: {errors}, warnings: {statuses.count('warning')}, notes: {statuses.count('note')}",
     )
     if errors:
         raise typer.Exit(1)

@@ -20,18 +20,34 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The unquantized model to compare with: folder or Hub name.")] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="A text file (UTF-8) to measure on. Repeatable.", exists=True, dir_okay=False, show_default="Python's own manual"),
+        typer.Option(
+            help="A text file (UTF-8) to measure on. Repeatable.",
+            exists=True,
+            dir_okay=False,
+            show_default="Python's own manual",
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of the text to read.")] = 24,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    characters: Annotated[int, typer.Option(min=1, help="How much of each text is tokenized, from its beginning.")] = 150_000,
-    dtype: Annotated[str, typer.Option(help="What both models compute in: float32, bfloat16, float16 or auto.")] = "float32",
+    characters: Annotated[
+        int, typer.Option(min=1, help="How much of each text is tokenized, from its beginning.")
+    ] = 150_000,
+    dtype: Annotated[
+        str, typer.Option(help="What both models compute in: float32, bfloat16, float16 or auto.")
+    ] = "float32",
     weights_only: Annotated[
         bool,
-        typer.Option("--weights-only", help="Measure the dequantized weights in a plain model: no kernels, activations not quantized."),
+        typer.Option(
+            "--weights-only",
+            help="Measure the dequantized weights in a plain model: no kernels, activations not quantized.",
+        ),
     ] = False,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time greedy decoding of 64 tokens, batch size 1.")] = True,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is.", show_default="MODEL, else the base")] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Time greedy decoding of 64 tokens, batch size 1.")
+    ] = True,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is.", show_default="MODEL, else the base")
+    ] = None,
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
@@ -57,18 +73,18 @@ def evaluate(
         options = {"dtype": wanted, "device_map": places}
         texts = [(path.name, _read(path)) for path in text or []] or [_manual()]
         reader = load_tokenizer(*([tokenizer] if tokenizer else [model, *([base] if base else [])]))
-        tokens = {
-            name: measure.windows_of(reader, content, count=windows, length=length, characters=characters) for name, content in texts
-        }
+        tokens = [
+            (name, measure.windows_of(reader, content, count=windows, length=length, characters=characters))
+            for name, content in texts
+        ]
         say(f"loading {model}")
         measured = load_model(model, **options).eval()
-        first = next(iter(tokens.values()))[0, :_PROMPT]
-        decoding = measure.decode_speed(measured, first) if speed else None
+        decoding = measure.decode_speed(measured, tokens[0][1][0, :_PROMPT]) if speed else None
         if weights_only and getattr(measured, "hf_quantizer", None) is not None:
             measured = measured.dequantize()
         other = load_model(base, **options).eval() if base else None
         rows = []
-        for name, cut in tokens.items():
+        for name, cut in tokens:
             if len(cut) < windows:
                 say(f"warning: {name} fills only {len(cut)} of {windows} windows of {length} tokens")
             say(f"measuring on {name}: {len(cut)} windows")
@@ -76,7 +92,13 @@ def evaluate(
     data = {
         "model": model,
         "base": base,
-        "protocol": {"windows": windows, "length": length, "characters": characters, "dtype": dtype, "weights_only": weights_only},
+        "protocol": {
+            "windows": windows,
+            "length": length,
+            "characters": characters,
+            "dtype": dtype,
+            "weights_only": weights_only,
+        },
         "texts": rows,
         "decode": None if decoding is None else {**plain(decoding), "tokens_per_second": decoding.tokens_per_second},
     }
@@ -131,7 +153,12 @@ def _shown(data: dict[str, Any]) -> list[Any]:
         columns[3:3] = ["base", "difference", "KL mean", "KL median", "KL p99", "top-1"]
     rows = []
     for row in data["texts"]:
-        cells = [row["text"], row["windows"], _with_error(row["perplexity"], row["standard_error"]), f"{row['tokens_per_second']:.0f}"]
+        cells = [
+            row["text"],
+            row["windows"],
+            _with_error(row["perplexity"], row["standard_error"]),
+            f"{row['tokens_per_second']:.0f}",
+        ]
         if data["base"]:
             cells[3:3] = [
                 f"{row['base_perplexity']:.3f}",
@@ -144,7 +171,8 @@ def _shown(data: dict[str, Any]) -> list[Any]:
         rows.append(cells)
     shown: list[Any] = [table("", columns, rows)]
     if data["decode"]:
-        shown.append(f"decoding: {data['decode']['tokens_per_second']:.1f} tokens/s (greedy, batch 1, median of {len(data['decode']['seconds'])})")
+        rate, runs = data["decode"]["tokens_per_second"], len(data["decode"]["seconds"])
+        shown.append(f"decoding: {rate:.1f} tokens/s (greedy, batch 1, median of {runs})")
     return shown
 
 

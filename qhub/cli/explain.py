@@ -1,4 +1,4 @@
-"""``qhub explain``: which kernel every quantized layer takes at which number of rows, and why the others were refused."""
+"""``qhub explain``: which kernel every quantized layer takes for how many rows, and why the others were refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def explain(
     model: Model,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
-    modules: Annotated[bool, typer.Option("--modules", help="One row for every layer instead of one for all alike.")] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="One row for every layer instead of one for all alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Explain which kernel multiplies each quantized layer, and why others were refused.
@@ -41,8 +43,8 @@ def explain(
         found = explain_model(load_model(model, dtype=wanted, device_map=places))
     if not found.layers:
         raise UnsupportedError(
-            f"{model} has no weight that a qhub plugin holds quantized, so there are no kernels to explain: quantize it first "
-            "(qhub quantize)"
+            f"{model} has no weight that a qhub plugin holds quantized, so there are no kernels to explain: "
+            "quantize it first (qhub quantize)"
         )
     if not modules:
         emit(as_json, found.to_dict(), str(found))

@@ -1,4 +1,4 @@
-"""``qhub inspect``: what is in a quantized checkpoint, measured: layouts, bits per weight, shares, kernels, skipped weights."""
+"""``qhub inspect``: what is in a quantized checkpoint: layouts, bits per weight, shares, kernels, what was skipped."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from typing import Annotated, Any
 import typer
 
 from qhub.cli.list_ import by_plugin
-from qhub.cli.loading import DeviceMap, Model, load_config, load_model, local_folder, parse_device_map, weight_files
+from qhub.cli.loading import (
+    DeviceMap,
+    Model,
+    load_config,
+    load_model,
+    local_folder,
+    parse_device_map,
+    weight_files,
+    weight_sizes,
+)
 from qhub.cli.measure import bits_on_disk, groups_of, layout_text, quantizer_of, shares_of, skips_by_reason
 from qhub.cli.output import Json, emit, size, table, working
-from qhub.errors import CheckpointError
 
 __all__ = ["inspect"]
 
 
 def inspect(
     model: Model,
-    modules: Annotated[bool, typer.Option("--modules", help="List every weight with its layout, bits and bytes.")] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="List every weight with its layout, bits and bytes.")
+    ] = False,
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
@@ -38,18 +48,16 @@ def inspect(
         method = _method_of(model)
         plugin = method is not None and by_plugin(method)
         loaded = load_model(model, dtype="auto", device_map=places) if plugin else None
-        files = weight_files(local_folder(model))
-        if not files:
-            raise CheckpointError(f"{model} has no safetensors file: there are no weights to look into")
+        sizes = weight_sizes(model)
         data: dict[str, Any] = {
             "model": model,
             "method": method,
             "plugin": plugin,
-            "bytes_on_disk": sum(file.stat().st_size for file in files),
-            "files": len(files),
+            "bytes_on_disk": sum(sizes),
+            "files": len(sizes),
         }
         if loaded is not None:
-            data |= _measured(loaded, files)
+            data |= _measured(loaded, weight_files(local_folder(model)))
     emit(as_json, data, *_shown(data, modules))
 
 
@@ -84,7 +92,9 @@ def _measured(model: Any, files: list[Any]) -> dict[str, Any]:
     for group in groups:
         spans: dict[str, list[str]] = {}
         for name in group.names:
-            spans.setdefault(", ".join(f"M {span}: {kernel}" for span, kernel in kernels[name].items()), []).append(name)
+            spans.setdefault(", ".join(f"M {span}: {kernel}" for span, kernel in kernels[name].items()), []).append(
+                name
+            )
         layouts.append(
             {
                 "layout": group.layout,
@@ -170,7 +180,13 @@ def _shown(data: dict[str, Any], modules: bool) -> list[Any]:
         shown.append(table("", ["not quantized", "because", "which"], skipped))
     if modules:
         rows = [
-            [one["name"], "x".join(map(str, one["shape"])), one["layout"], f"{one['bits_per_weight']:.3f}", one["bytes"]]
+            [
+                one["name"],
+                "x".join(map(str, one["shape"])),
+                one["layout"],
+                f"{one['bits_per_weight']:.3f}",
+                one["bytes"],
+            ]
             for one in data["modules"]
         ]
         shown.append(table("", ["parameter", "shape", "stored as", "bits per weight", "bytes"], rows))

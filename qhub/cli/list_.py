@@ -22,8 +22,8 @@ _PLUGIN = "the plugin"
 class Abilities:
     """Is what one plugin says of itself when it is loaded.
 
-    ``quantizes``, ``loads``: whether it has the hooks for that. ``presets``: names for ``qhub quantize --preset``, the usual one
-    first. ``served``: of :func:`served_by`. ``failure``: why it cannot be used; None when it can.
+    ``quantizes``, ``loads``: whether it has the hooks for that. ``presets``: names for ``qhub quantize --preset``, the
+    usual one first. ``served``: of :func:`served_by`. ``failure``: why it cannot be used; None when it can.
     """
 
     quantizes: bool = False
@@ -36,7 +36,9 @@ class Abilities:
 def list_methods(
     abilities: Annotated[
         bool,
-        typer.Option("--abilities", "-a", help="Load each plugin and show what it can do: slower, and finds broken ones."),
+        typer.Option(
+            "--abilities", "-a", help="Load each plugin and show what it can do: slower, and finds broken ones."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +60,7 @@ def list_methods(
         kernels = registry.list(KERNEL_GROUP)
         found = {name: abilities_of(name) for name in methods} if abilities else {}
         broken_kernels = _failures(kernels) if abilities else {}
-    data = {
+    data: dict[str, Any] = {
         "methods": [_row(info) | (vars(found[name]) if abilities else {}) for name, info in methods.items()],
         _FOR_KERNELS: [_row(info) | {"failure": broken_kernels.get(name)} for name, info in kernels.items()],
         "disabled": sorted(registry.disabled()),
@@ -85,7 +87,7 @@ def abilities_of(name: str) -> Abilities:
 
 
 def served_by(name: str) -> str:
-    """Say who serves the method ``name`` in transformers: the plugin alone, in transformers' place, or transformers itself."""
+    """Say who serves the method ``name``: the plugin (in transformers' place or alone), transformers, or nobody."""
     from transformers.quantizers import auto
 
     from qhub.integrations.transformers import install
@@ -98,7 +100,7 @@ def served_by(name: str) -> str:
         return "nobody"
     if not all(issubclass(cls, PluginQuantizer) for cls in classes):
         return "transformers"
-    return f"{_PLUGIN}, in transformers' place" if any(cls.replaces for cls in classes) else _PLUGIN
+    return f"{_PLUGIN}, in transformers' place" if any(getattr(cls, "replaces", False) for cls in classes) else _PLUGIN
 
 
 def by_plugin(name: str) -> bool:
@@ -128,7 +130,7 @@ def _row(info: PluginInfo) -> dict[str, Any]:
 
 def _summary(distribution: str) -> str:
     try:
-        return metadata(distribution).get("Summary") or ""
+        return metadata(distribution)["Summary"] or ""
     except PackageNotFoundError:
         # A plugin that a program registered has no package.
         return ""
@@ -138,7 +140,9 @@ def _shown(data: dict[str, Any], abilities: bool) -> list[Any]:
     columns = ["method", "package", "version", *(("can", "presets", "served by") if abilities else ("about",))]
     shown: list[Any] = [table("", columns, [_cells(row, abilities) for row in data["methods"]])]
     if not data["methods"]:
-        shown = ["No quantization method is installed: pip install 'qhub-core[all]', or one, such as pip install qhub-hqq"]
+        shown = [
+            "No quantization method is installed: pip install 'qhub-core[all]', or one, such as pip install qhub-hqq"
+        ]
     if data[_FOR_KERNELS]:
         rows = [[row["name"], row["package"], row["version"], row["summary"]] for row in data[_FOR_KERNELS]]
         shown.append(table("", ["kernels", "package", "version", "about"], rows))

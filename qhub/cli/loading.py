@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,19 +27,25 @@ __all__ = [
     "parse_device_map",
     "parse_dtype",
     "weight_files",
+    "weight_sizes",
 ]
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a model, or the name of one on the Hub.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder with a model, or the name of one on the Hub.", show_default=False),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: as the checkpoint has it.")]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        "--device-map", help='Where the model goes: auto, cpu, cuda:0, or JSON such as {"": "cpu"}.', show_default="the CPU"
+        "--device-map",
+        help='Where the model goes: auto, cpu, cuda:0, or JSON such as {"": "cpu"}.',
+        show_default="the CPU",
     ),
 ]
 
-# What makes a folder usable besides weights and config.json: tokenizer, processors, chat templates. The model writes its own
-# generation_config.json.
+# What makes a folder usable besides weights and config.json: tokenizer, processors, chat templates. The model writes
+# its own generation_config.json.
 _COMPANIONS = (
     "tokenizer*",
     "vocab.*",
@@ -52,6 +59,8 @@ _COMPANIONS = (
     "*processor_config.json",
 )
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
 
 def parse_dtype(name: str) -> Any:
     """Return the torch dtype of that ``name``, or ``"auto"``; anything else is wrong usage."""
@@ -61,7 +70,9 @@ def parse_dtype(name: str) -> Any:
         return name
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise typer.BadParameter(f"{name!r} is no float dtype: take auto, float32, bfloat16 or float16", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"{name!r} is no float dtype: take auto, float32, bfloat16 or float16", param_hint="--dtype"
+        )
     return dtype
 
 
@@ -127,7 +138,7 @@ def load_tokenizer(*models: str) -> Any:
 
 
 def local_folder(model: str) -> Path:
-    """Return the folder of ``model``; for one on the Hub its small files are downloaded, weights are where they were."""
+    """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -146,8 +157,27 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def weight_sizes(model: str) -> list[int]:
+    """Return the bytes of each weight file of ``model``; for one on the Hub without downloading them.
+
+    Raises :class:`CheckpointError` when there are no safetensors files.
+    """
+    folder = local_folder(model)
+    sizes = [file.stat().st_size for file in weight_files(folder)]
+    if not sizes and not Path(model).expanduser().is_dir():
+        from huggingface_hub import HfApi
+
+        listed = {
+            file.rfilename: file.size or 0 for file in HfApi().model_info(model, files_metadata=True).siblings or []
+        }
+        sizes = [size for name, size in listed.items() if _WEIGHTS.fullmatch(name)]
+    if not sizes:
+        raise CheckpointError(f"{model} has no safetensors file: there are no weights to look into")
+    return sizes
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, processor and chat template files byte for byte, each put in place in one step; return their names."""
+    """Copy tokenizer, processor and chat template files unchanged, each put in place at once; return their names."""
     copied = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source).as_posix()

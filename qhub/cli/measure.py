@@ -1,21 +1,32 @@
-"""Counts what a loaded quantized model holds: layouts, bits per weight, the share that is quantized, what was left and why."""
+"""Counts what a loaded quantized model holds: layouts, bits per weight, shares, what was left out and why."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LayoutGroup", "Shares", "bits_on_disk", "groups_of", "layout_text", "quantizer_of", "shapeless", "shares_of", "skips_by_reason"]
+__all__ = [
+    "LayoutGroup",
+    "Shares",
+    "bits_on_disk",
+    "groups_of",
+    "layout_text",
+    "quantizer_of",
+    "shapeless",
+    "shares_of",
+    "skips_by_reason",
+]
 
 
 @dataclass(frozen=True)
 class LayoutGroup:
     """Is what the quantized weights of one layout have in common, their shapes aside.
 
-    ``layout``: its description as plain data. ``names``: of the parameters. ``parameters``: weights they stand for. ``bytes``: that
-    their tensors take.
+    ``layout``: :func:`shapeless`. ``names``: of the tensors. ``parameters``: how many weights they stand for.
+    ``bytes``: how much memory they take.
     """
 
     layout: dict[str, Any]
@@ -33,7 +44,8 @@ class LayoutGroup:
 class Shares:
     """Says how much of a model is quantized, in bytes of the unquantized weights: what quantizing could work on.
 
-    ``all_parameters``: of every parameter, 0 to 1. ``linear``: of linear layers and fused experts alone, the output head left out.
+    ``all_parameters``: of every parameter, 0 to 1. ``linear``: of linear layers and fused experts alone, the output
+    head left out.
     """
 
     all_parameters: float
@@ -86,7 +98,11 @@ def _field(key: str, value: Any) -> str:
     if key == "grid":
         if isinstance(value, str):
             return f"one scale a {value}"
-        return f"groups of {value.cols}" if (value.kind, value.rows) == ("block", 1) else f"{value.kind} {value.rows}x{value.cols}"
+        return (
+            f"groups of {value.cols}"
+            if (value.kind, value.rows) == ("block", 1)
+            else f"{value.kind} {value.rows}x{value.cols}"
+        )
     if key == "transforms":
         return "transforms " + " ".join(f"{transform.side}:{transform.kind}" for transform in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -126,7 +142,7 @@ def skips_by_reason(quantizer: Any) -> dict[str, list[str]]:
 
 
 def bits_on_disk(model: Any, files: list[Path]) -> float | None:
-    """Return the bits per quantized weight that ``files`` store; None when a tensor's dtype is one that torch does not have."""
+    """Return the bits per quantized weight in ``files``; None when a tensor's dtype is one that torch does not have."""
     from qhub.integrations.transformers.checkpoint import read_headers, sort_entries
     from qhub.registry import registry
     from qhub.tensor import QuantizedTensor
@@ -136,12 +152,6 @@ def bits_on_disk(model: Any, files: list[Path]) -> float | None:
     stored, _ = sort_entries(read_headers([str(file) for file in files]), fmt)
     entries = [tensor for weight in stored.values() for tensor in weight.entries.values()]
     count = sum(p.numel() for p in model.parameters() if isinstance(p, QuantizedTensor))
-    if not count or any(tensor.dtype is None for tensor in entries):
-        return None
-    total = 0
-    for tensor in entries:
-        elements = 1
-        for length in tensor.shape:
-            elements *= length
-        total += elements * tensor.dtype.itemsize
-    return 8 * total / count
+    sizes = [None if tensor.dtype is None else math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in entries]
+    known = [size for size in sizes if size is not None]
+    return 8 * sum(known) / count if count and len(known) == len(sizes) else None

@@ -99,7 +99,7 @@ def size(count: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as data that JSON has: dataclasses as objects, NaN and infinity as null, what is left as text."""
+    """Return ``value`` as JSON's data: dataclasses as objects, NaN and infinity as null, what is left as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""``qhub quantize``: quantizes a model with any installed method and saves it, with all that makes the folder usable."""
+"""``qhub quantize``: quantizes a model with any installed method and saves it with all that a folder needs."""
 
 from __future__ import annotations
 
@@ -31,21 +31,34 @@ __all__ = ["make_config", "quantize"]
 
 def quantize(
     model: Model,
-    method: Annotated[str, typer.Option("--method", "-m", help="The quantization method; qhub list shows those installed.", show_default=False)],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", "-m", help="The quantization method; qhub list shows those installed.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to save into.", show_default=False)],
-    preset: Annotated[str | None, typer.Option(help="One of the method's presets; qhub list --abilities shows them.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="One of the method's presets; qhub list --abilities shows them.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight, scales not counted.")] = None,
     group_size: Annotated[int | None, typer.Option(help="How many weights share a scale; -1: a whole row.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the method's config; the value is JSON or text. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any key of the method's config; the value is JSON or text. Repeatable."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     max_shard_size: Annotated[str, typer.Option(help="The size from which a new weight file is begun.")] = "50GB",
-    push: Annotated[str | None, typer.Option(metavar="REPO", help="Also push it to this repository on the Hub.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also push it to this repository on the Hub.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository of --push private.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Save into a folder that holds files already.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Save into a folder that holds files already.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model and save it: weights, config, tokenizer, generation config and a model card.
@@ -74,7 +87,9 @@ def quantize(
             # Every setting came from the command line.
             raise typer.BadParameter(str(error)) from error
         if quantizer_of(loaded) is None:
-            raise PluginError(f"{method} is handed back to transformers by QHUB_NATIVE: unset it to quantize with the plugin")
+            raise PluginError(
+                f"{method} is handed back to transformers by QHUB_NATIVE: unset it to quantize with the plugin"
+            )
         quantized = time.perf_counter() - start
         say(f"saving to {out}")
         loaded.save_pretrained(out, max_shard_size=max_shard_size)
@@ -100,15 +115,17 @@ def quantize(
 def make_config(method: str, preset: str | None, bits: int | None, group_size: int | None, settings: list[str]) -> Any:
     """Return the config object that the options stand for.
 
-    ``preset``: None for the method's usual one when no other option is given. ``settings``: ``"key=value"``. A method that is not
-    installed and a preset that it does not have are wrong usage; raises :class:`ConfigError` for values that it does not offer.
+    ``preset``: None for the method's usual one when no other option is given. ``settings``: ``"key=value"``. A method
+    that is not installed and a preset that it does not have are wrong usage. Raises :class:`ConfigError` for values
+    that the method does not offer.
     """
     from qhub.registry import registry
 
     if method not in registry.list() and method not in registry.disabled():
         installed = ", ".join(registry.list()) or "none"
         raise typer.BadParameter(
-            f"no installed plugin serves {method!r} (installed: {installed}): pip install qhub-{method.replace('_', '-')}",
+            f"no installed plugin serves {method!r} (installed: {installed}): "
+            f"pip install qhub-{method.replace('_', '-')}",
             param_hint="--method",
         )
     spec = registry.call(method, "qhub_config")
@@ -144,7 +161,9 @@ def _check_target(model: str, out: Path, overwrite: bool) -> None:
         raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
     source = Path(model).expanduser()
     if out.exists() and source.exists() and out.samefile(source):
-        raise typer.BadParameter("it is the folder of MODEL, whose weights would be replaced: take another", param_hint="--out")
+        raise typer.BadParameter(
+            "it is the folder of MODEL, whose weights would be replaced: take another", param_hint="--out"
+        )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise typer.BadParameter(f"the folder {out} is not empty: take another, or add --overwrite", param_hint="--out")
 
@@ -153,7 +172,9 @@ def _refuse_quantized(model: str) -> None:
     config = getattr(load_config(model), "quantization_config", None)
     if config is not None:
         method = (config if isinstance(config, dict) else config.to_dict()).get("quant_method")
-        raise typer.BadParameter(f"{model} is quantized already, with {method}: take the unquantized model", param_hint="MODEL")
+        raise typer.BadParameter(
+            f"{model} is quantized already, with {method}: take the unquantized model", param_hint="MODEL"
+        )
 
 
 def _push(model: Any, out: Path, companions: list[str], repo: str, private: bool, max_shard_size: str) -> None:
@@ -189,18 +210,25 @@ def _measured(model: Any, source: Path, out: Path) -> dict[str, Any]:
 
 def _shown(data: Mapping[str, Any]) -> list[Any]:
     rows = [
-        ["quantized", len(one["weights"]), one["text"], f"{one['parameters']:,} weights, {one['bits_per_weight']:.3f} bits each"]
+        [
+            "quantized",
+            len(one["weights"]),
+            one["text"],
+            f"{one['parameters']:,} weights, {one['bits_per_weight']:.3f} bits each",
+        ]
         for one in data["quantized"]
     ]
-    rows += [["left as it is", len(names), reason, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")] for reason, names in data["skipped"].items()]
+    rows += [
+        ["left as it is", len(names), reason, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")]
+        for reason, names in data["skipped"].items()
+    ]
     on_disk = "" if data["bits_per_weight_on_disk"] is None else f", {data['bits_per_weight_on_disk']:.3f} on disk"
     before, after = data["bytes_before"], data["bytes_after"]
     ratio = f" ({100 * after / before:.0f} %)" if before else ""
-    shown = [
+    return [
         table("", ["", "tensors", "how or why", "which"], rows),
         f"bits per weight: {data['bits_per_weight']:.3f} in memory{on_disk}",
         f"weight files: {size(before)} before, {size(after)} after{ratio}",
         f"time: {data['seconds']:.1f} s, {data['seconds_quantizing']:.1f} s of it reading and quantizing",
         f"saved to {data['out']}" + (f", pushed to {data['pushed']}" if data["pushed"] else ""),
     ]
-    return shown

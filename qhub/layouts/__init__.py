@@ -4,6 +4,7 @@
     Lookup     w = scale * table[q]                  1 to 8 bits
     Codebook   w = scale * sum_c codebook_c[code_c]  vectors of weights
     Float8     w = scale * float8                    E4M3, E5M2
+    Stacked    several of these on top of each other
 
 A layout is a description (frozen, hashable) and the tensors it names travel beside it as a dict.
 """
@@ -15,6 +16,7 @@ from qhub.layouts.float8 import Float8
 from qhub.layouts.grid import Grid
 from qhub.layouts.lookup import Lookup
 from qhub.layouts.nested import Nested
+from qhub.layouts.stacked import Stacked
 from qhub.layouts.transforms import Transform
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Nested",
     "PartSpec",
     "Parts",
+    "Stacked",
     "Transform",
     "nbytes",
 ]

@@ -156,11 +156,6 @@ class Affine(Layout):
         scale, zero = allowed.fit(grid.split(weight.float()), members, grid.member_dims)
         fitted = scale_codes("scales", scale / self.unit, self.scales_nested, parts)
         if self.zero == "value":
-            if not allowed.whole:
-                # Rounding the scale to its dtype would carry a zero far from 0 along.
-                stored = scale_values("scales", self.scale_shape, self.scales_nested, {**parts, **fitted}).float()
-                step = stored.reshape(scale.shape) * self.unit
-                zero = zero * scale / torch.where(step == 0, scale, step)
             fitted |= scale_codes("zeros", zero, self.zeros_nested, parts)
         elif self.zero == "offset":
             fitted |= scale_codes("zeros", -zero * scale / self.unit, self.zeros_nested, parts)

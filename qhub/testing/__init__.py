@@ -1,7 +1,7 @@
 """Gives tests what they need to exercise qhub and its plugins: servers, environments and conformance checks.
 
-:class:`MethodConformance` is the kit that an author's test class inherits; it needs pytest (``pip install qhub-core[testing]``),
-so it is imported when it is asked for.
+:class:`MethodConformance` is the kit that an author's test class inherits. It needs pytest (``pip install
+qhub-core[testing]``), so it is imported when it is asked for.
 """
 
 from __future__ import annotations

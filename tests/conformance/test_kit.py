@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
@@ -30,6 +30,9 @@ class TestBroken(MethodConformance):
 """
 
 
+_counter = itertools.count()
+
+
 @dataclass
 class Outcomes:
     """Collects what an inner pytest run reports, by the test's name without its parameters."""
@@ -51,15 +54,13 @@ class Outcomes:
 def run_kit(folder: Path, name: str, tests: str, more: str = "") -> Outcomes:
     """Run those tests of the kit that the expression ``tests`` picks on the method ``name``."""
     # A name of its own: Python keeps a test module that it has imported once.
-    file = folder / f"test_{name}_{folder.name}.py"
+    file = folder / f"test_{name}_{next(_counter)}.py"
     file.write_text(TESTS.format(name=name, more=more))
     (folder / "pytest.ini").write_text("[pytest]\n")
     outcomes = Outcomes()
-    pytest.main(
-        [str(file), "-q", "-k", tests, "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder),
-         "--basetemp", str(folder / "inner"), "--import-mode=importlib", "-W", "ignore"],
-        plugins=[outcomes],
-    )  # fmt: skip
+    apart = ["-c", str(folder / "pytest.ini"), "--rootdir", str(folder), "--basetemp", str(folder / "inner")]
+    quiet = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    pytest.main([str(file), "-k", tests, *apart, *quiet], plugins=[outcomes])
     assert outcomes.failed or outcomes.passed or outcomes.skipped, "the inner run collected nothing"
     return outcomes
 
@@ -71,7 +72,9 @@ def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def make(*changes: tuple[str, str], head: str = "", tail: str = "") -> str:
         name = f"broken_{tmp_path.name.rstrip('0123456789').replace('-', '_').lower()[-20:]}_{len(made)}"
-        source = EXAMPLE.read_text().replace('quant_method: ClassVar[str] = "pow2"', f'quant_method: ClassVar[str] = "{name}"')
+        source = EXAMPLE.read_text().replace(
+            'quant_method: ClassVar[str] = "pow2"', f'quant_method: ClassVar[str] = "{name}"'
+        )
         for old, new in changes:
             assert source.count(old) >= 1, f"the example plugin has no {old!r} any more: adapt this test"
             source = source.replace(old, new)
@@ -108,7 +111,58 @@ def test_intact_plugin_passes(make_plugin, tmp_path):
     assert outcomes.skipped.keys() <= {"test_mixture_of_experts_is_quantized_whole"}
 
 
-IMPORTS_NATIVE = "try:\n    import broken_native\nexcept ImportError:\n    broken_native = None\n"
+@dataclass
+class Broken:
+    """Says how to break the example plugin, which test of the kit must fail then, and a part of what it says.
+
+    ``changes``: (old, new) pieces of its source. ``head``, ``tail``: put around it. ``more``: for the kit's class.
+    """
+
+    test: str
+    says: str
+    changes: tuple[tuple[str, str], ...] = ()
+    head: str = ""
+    tail: str = ""
+    more: str = ""
+
+
+FIELD = "    group_size: int = 32\n"
+SCALES_READ = '"scales": entries["pow2_scales"],'
+SCALES_WRITTEN = '"pow2_scales": parts["scales"]}'
+# The example's qhub_quantize returns layout.encode(...); these two turn that into spoil(weight, layout.encode(...)).
+SPOIL = (("return layout.encode(", "return spoil(weight, layout.encode("), (', grid="refit")', ', grid="refit"))'))
+
+IMPORTS_NATIVE = """
+try:
+    import broken_native
+except ImportError:
+    broken_native = None
+"""
+
+FORGETFUL = """
+    def to_dict(self):
+        return {"quant_method": self.quant_method}
+"""
+
+LOOSE_SPEC = """
+class LooseSpec(ConfigSpec):
+    def parse(self, values):
+        return super().parse({key: values[key] for key in values if key in self.known_keys()})
+"""
+
+PLANS_BY_CHANCE = """
+    size = config.group_size if next(COUNTER) % 2 else 2 * config.group_size
+    for weight in weights:
+        shape = dict(out_features=weight.out_features, in_features=weight.in_features)
+        plan[weight.name] = LayerPlan(Lookup(**shape, grid=Grid.along_k(size)))
+    return plan
+"""
+
+KEEPS_SCALES = """
+        key = bytes(parts["qweight"].flatten().tolist())
+        KEPT[key] = parts["scales"]
+        return {"pow2_codes": parts["qweight"], "pow2_scales": torch.ones_like(parts["scales"])}
+"""
 
 WRONG_FOR_MANY_ROWS = """
 from qhub.kernels import KernelSpec, reference
@@ -122,114 +176,142 @@ def qhub_kernels():
     return [KernelSpec(name="many-rows-wrong", impl=f"{__name__}:product", layout="lookup", rank=100_000)]
 """
 
-PLANS_AT_RANDOM = """
-    import itertools
-    size = config.group_size if next(COUNTER) % 2 else 2 * config.group_size
-    grid = Grid.along_k(size)
-    for weight in weights:
-        plan[weight.name] = LayerPlan(Lookup(out_features=weight.out_features, in_features=weight.in_features, grid=grid))
-    return plan
-"""
-
-BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
-    "native import": (
-        {"head": IMPORTS_NATIVE}, "test_entry_module_is_light", "broken_native",
+BROKEN = {
+    "native import": Broken("test_entry_module_is_light", "broken_native", head=IMPORTS_NATIVE),
+    "misspelled hook": Broken(
+        "test_loads_alone", "qhub_quantise", changes=(("def qhub_quantize(", "def qhub_quantise("),)
     ),
-    "misspelled hook": (
-        {"changes": [("def qhub_quantize(", "def qhub_quantise(")]}, "test_loads_alone", "qhub_quantise",
+    "unmarked hook": Broken("test_no_hook_is_left_unmarked", "qhub_doctor", tail="def qhub_doctor():\n    return []"),
+    "any value is fine": Broken(
+        "test_bad_config_is_refused",
+        "",
+        changes=(("self.group_size < 1", "False"), ("weight.in_features % config.group_size", "False")),
     ),
-    "unmarked hook": (
-        {"tail": "def qhub_doctor():\n    return []"}, "test_no_hook_is_left_unmarked", "qhub_doctor",
+    "config forgets a value": Broken(
+        "test_config_round_trip",
+        "lose something",
+        changes=((FIELD, FIELD + FORGETFUL),),
+        more="configs = [dict(group_size=16)]",
     ),
-    "any value is fine": (
-        {"changes": [("self.group_size < 1", "False"), ("weight.in_features % config.group_size", "False")]},
-        "test_bad_config_is_refused", "",
+    "unknown keys are dropped": Broken(
+        "test_unknown_key_is_refused",
+        "DID NOT RAISE",
+        changes=(("return ConfigSpec(", "return LooseSpec("),),
+        tail=LOOSE_SPEC,
     ),
-    "config forgets a value": (
-        {"changes": [("    group_size: int = 32\n", "    group_size: int = 32\n\n    def to_dict(self):\n        "
-                      "return {'quant_method': self.quant_method}\n")]},
-        "test_config_round_trip", "to_dict",
+    "plan by chance": Broken(
+        "test_plan_needs_no_data",
+        "two calls of qhub_plan",
+        changes=(("    plan = {}\n", "    plan = {}\n" + PLANS_BY_CHANCE),),
+        head="import itertools\nCOUNTER = itertools.count(1)",
     ),
-    "unknown keys are dropped": (
-        {"changes": [("    group_size: int = 32\n", "    group_size: int = 32\n\n    def __init__(self, group_size=32, "
-                      "modules_to_not_convert=None, qhub_unknown=None):\n        self.group_size = group_size\n        "
-                      "self.modules_to_not_convert = modules_to_not_convert\n")]},
-        "test_unknown_key_is_refused", "DID NOT RAISE",
+    "weight left out in silence": Broken(
+        "test_every_weight_is_quantized_or_explained",
+        "q_proj",
+        changes=(("    return plan\n", '    return {k: v for k, v in plan.items() if "q_proj" not in k}\n'),),
     ),
-    "plan by chance": (
-        {"changes": [("    plan = {}\n", "    plan = {}\n" + PLANS_AT_RANDOM)], "head": "import itertools\nCOUNTER = itertools.count(1)"},
-        "test_plan_needs_no_data", "two calls of qhub_plan",
+    "part of another dtype": Broken(
+        "test_quantizing_gives_what_was_planned",
+        "'scales' has dtype torch.float64",
+        changes=SPOIL,
+        head="spoil = lambda weight, parts: {**parts, 'scales': parts['scales'].double()}",
     ),
-    "weight left out in silence": (
-        {"changes": [("    return plan\n", '    return {k: v for k, v in plan.items() if "q_proj" not in k}\n')]},
-        "test_every_weight_is_quantized_or_explained", "q_proj",
+    "writes into the weight": Broken(
+        "test_quantizing_gives_what_was_planned",
+        "wrote into the weight",
+        changes=SPOIL,
+        head="spoil = lambda weight, parts: [weight.clamp_(-0.02, 0.02), parts][1]",
     ),
-    "part of another dtype": (
-        {"changes": [('return layout.encode(', 'return PLACE(layout.encode(')
-                     , (', grid="refit")', ', grid="refit"))')],
-         "head": "PLACE = lambda parts: {**parts, 'scales': parts['scales'].double()}"},
-        "test_quantizing_gives_what_was_planned", "'scales' has dtype torch.float64",
+    "zeros become NaN": Broken(
+        "test_odd_weights_stay_finite",
+        "NaN",
+        changes=SPOIL,
+        head="spoil = lambda weight, parts: {**parts, 'scales': parts['scales'] / (weight.abs().max() > 0)}",
     ),
-    "writes into the weight": (
-        {"changes": [("    specs = layout.part_specs()\n    empty", "    weight.clamp_(-0.02, 0.02)\n    specs = layout.part_specs()\n    empty")]},
-        "test_quantizing_gives_what_was_planned", "wrote into the weight",
+    "scales rounded in the file": Broken(
+        "test_pack_and_unpack_are_exact",
+        "'scales' comes back different",
+        changes=((SCALES_WRITTEN, '"pow2_scales": parts["scales"].half().float()}'),),
     ),
-    "zeros become NaN": (
-        {"changes": [('return layout.encode(', 'return PLACE(weight, layout.encode('), (', grid="refit")', ', grid="refit"))')],
-         "head": "PLACE = lambda weight, parts: {**parts, 'scales': parts['scales'] / (weight.abs().max() > 0)}"},
-        "test_odd_weights_stay_finite", "NaN",
+    "entry not declared": Broken(
+        "test_entries_are_as_declared", "pow2_scales", changes=(('"pow2_scales": Entry(', '"pow2_other": Entry('),)
     ),
-    "scales rounded in the file": (
-        {"changes": [('"pow2_scales": parts["scales"]}', '"pow2_scales": parts["scales"].half().float()}')]},
-        "test_pack_and_unpack_are_exact", "'scales' comes back different",
+    "NaN repaired in silence": Broken(
+        "test_impossible_number",
+        "replaced in silence",
+        changes=((SCALES_READ, '"scales": entries["pow2_scales"].nan_to_num(),'),),
     ),
-    "entry not declared": (
-        {"changes": [('            "pow2_scales": Entry(', '            "pow2_other": Entry(')]},
-        "test_entries_are_as_declared", "pow2_scales",
+    "missing scales made up": Broken(
+        "test_missing_entry",
+        "it loads, in silence, as another weight",
+        changes=(
+            ('specs["scales"].dtypes)', 'specs["scales"].dtypes, False)'),
+            (SCALES_READ, '"scales": entries.get("pow2_scales", torch.ones(layout.scale_shape)),'),
+        ),
     ),
-    "NaN repaired in silence": (
-        {"changes": [('"scales": entries["pow2_scales"],', '"scales": entries["pow2_scales"].nan_to_num(),')]},
-        "test_impossible_number", "replaced in silence",
+    "longer tensors cut": Broken(
+        "test_wrong_shape",
+        "a model was returned",
+        changes=(
+            ('Entry(specs["scales"].shape,', "Entry(None,"),
+            (SCALES_READ, '"scales": entries["pow2_scales"][: layout.out_features],'),
+        ),
     ),
-    "missing scales made up": (
-        {"changes": [('specs["scales"].shape, specs["scales"].dtypes)', 'specs["scales"].shape, specs["scales"].dtypes, False)'),
-                     ('"scales": entries["pow2_scales"],', '"scales": entries.get("pow2_scales", torch.ones(layout.scale_shape)),')]},
-        "test_missing_entry", "it loads, in silence, as another weight",
+    "kernel wrong for many rows": Broken("test_every_layer_matches_float64", "M=17", tail=WRONG_FOR_MANY_ROWS),
+    "more bytes than before": Broken(
+        "test_takes_less_memory", "in 16 bits it would take", more="configs = [dict(group_size=1)]"
     ),
-    "longer tensors cut": (
-        {"changes": [('Entry(specs["scales"].shape,', "Entry(None,"),
-                     ('"scales": entries["pow2_scales"],', '"scales": entries["pow2_scales"][: layout.out_features],')]},
-        "test_wrong_shape", "a model was returned",
+    "noise above the floor": Broken(
+        "test_quantizing_gives_what_was_planned", "asks for 99.0 dB", more="min_sqnr = {0: 99.0}"
     ),
-    "kernel wrong for many rows": (
-        {"tail": WRONG_FOR_MANY_ROWS}, "test_every_layer_matches_float64", "M=17",
+    # In this process a reload finds the scales; only a fresh one shows that the file lacks them.
+    "scales kept in the process": Broken(
+        "test_reloads_bit_identical_in_a_fresh_process",
+        "not bit-identical",
+        changes=(
+            ('return {"pow2_codes": parts["qweight"], ' + SCALES_WRITTEN, KEEPS_SCALES.strip()),
+            (
+                SCALES_READ,
+                '"scales": KEPT.get(bytes(entries["pow2_codes"].flatten().tolist()), entries["pow2_scales"]),',
+            ),
+        ),
+        head="KEPT = {}",
     ),
-    "more bytes than before": (
-        {"more": "configs = [dict(group_size=1)]"}, "test_takes_less_memory", "in 16 bits it would take",
-    ),
-    "noise above the floor": (
-        {"more": "min_sqnr = {0: 99.0}"}, "test_quantizing_gives_what_was_planned", "asks for 99.0 dB",
-    ),
-    "scales kept in the process": (
-        # In this process a reload finds them; only a fresh one shows that the file lacks them.
-        {"head": "KEPT = {}",
-         "changes": [('return {"pow2_codes": parts["qweight"], "pow2_scales": parts["scales"]}',
-                      'key = bytes(parts["qweight"].flatten().tolist())\n        KEPT[key] = parts["scales"]\n'
-                      '        return {"pow2_codes": parts["qweight"], "pow2_scales": torch.ones_like(parts["scales"])}'),
-                     ('"scales": entries["pow2_scales"],',
-                      '"scales": KEPT.get(bytes(entries["pow2_codes"].flatten().tolist()), entries["pow2_scales"]),')]},
-        "test_reloads_bit_identical_in_a_fresh_process", "not bit-identical",
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_plugin_fails(case, make_plugin, tmp_path):
-    how, test, reason = BROKEN[case]
-    name = make_plugin(*how.get("changes", []), head=how.get("head", ""), tail=how.get("tail", ""))
-    outcomes = run_kit(tmp_path, name, test, how.get("more", ""))
-    assert test in outcomes.failed, f"{case}: the kit is content ({outcomes})"
-    assert reason in outcomes.failed[test], outcomes.failed[test]
+    broken = BROKEN[case]
+    name = make_plugin(*broken.changes, head=broken.head, tail=broken.tail)
+    outcomes = run_kit(tmp_path, name, broken.test, broken.more)
+    assert broken.test in outcomes.failed, f"{case}: the kit is content ({outcomes})"
+    assert broken.says in outcomes.failed[broken.test], outcomes.failed[broken.test]
+
+
+def test_method_that_only_loads(make_plugin, tmp_path):
+    """can_quantize = False: the golden checkpoint takes the place of the tiny models."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape, vocab_size=128)).save_pretrained(tmp_path / "dense")
+    config = {"quant_method": make_plugin(), "group_size": 16}
+    golden = tmp_path / "golden"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config).save_pretrained(golden)
+    no_quantize = "@hookimpl\ndef qhub_quantize("
+    name = make_plugin((no_quantize, no_quantize.replace("@hookimpl\n", "").replace("qhub_", "_")))
+    text = (golden / "config.json").read_text()
+    (golden / "config.json").write_text(text.replace(config["quant_method"], name))
+    assert AutoConfig.from_pretrained(golden).quantization_config["quant_method"] == name
+    more = f"configs = []; can_quantize = False; checkpoint = {str(golden)!r}"
+    outcomes = run_kit(tmp_path, name, "not fresh and not sharded and not process and not lora", more)
+    assert outcomes.failed == {}
+    assert {"test_every_layer_matches_float64", "test_missing_entry", "test_config_round_trip"} <= outcomes.passed
+    # What needs quantizing has no cases, and pytest says so.
+    assert "empty parameter set" in outcomes.skipped["test_odd_weights_stay_finite"]
+
+    bare = run_kit(tmp_path, name, "test_kit_is_filled_in", "configs = []; can_quantize = False")
+    assert "give TestBroken a checkpoint folder" in bare.failed["test_kit_is_filled_in"]
 
 
 def test_method_without_a_package_fails(tmp_path):

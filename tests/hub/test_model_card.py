@@ -170,12 +170,12 @@ def test_the_class_that_loads_it(pow2: str, class_name: str, config_name: str, a
 @pytest.mark.parametrize(
     ("layout", "tag"),
     [
-        # Scales, and what they are quantized to, are no part of it: 5 and 4.6 bits a weight in all.
+        # Scales are no part of it, whatever they are stored in: 5 and more bits a weight in all.
         (Affine(out_features=64, in_features=64, bits=3, grid=Grid.along_k(16), zero="constant"), "3-bit"),
-        (Affine(out_features=64, in_features=64, bits=4, grid=Grid.along_k(16), **NESTED), "4-bit"),
+        (Affine(out_features=64, in_features=64, bits=4, grid=Grid.along_k(16), zero="value", **NESTED), "4-bit"),
         (Affine(out_features=64, in_features=64, bits=8, signed=True, grid=Grid.along_k(64)), "8-bit"),
         (Float8(out_features=64, in_features=64, grid=Grid.along_k(16)), "8-bit"),
-        # 8 + 8 bits for 8 weights, or 8 bits for 8 weights and a sign for each; the codebooks are larger than the codes.
+        # 8 + 8 bits for 8 weights, or 8 and a sign for each of them; the codebooks are larger than the codes.
         (Codebook(nbits=(8, 8), **BLOCKS), "2-bit"),
         (Codebook(nbits=(8,), signs=True, **BLOCKS), "2-bit"),
     ],
@@ -197,6 +197,14 @@ def test_a_card_that_is_changed_anywhere_is_no_longer_qhubs(model: Any) -> None:
     assert not is_untouched(text + "More.\n")
     assert not is_untouched("\n" + text)
     assert not is_untouched("")
+
+
+def test_tags_of_the_replaced_card_go_over_but_for_those_of_its_numbers(model: Any) -> None:
+    previous = "---\ntags: [qhub, pow2, quantized, 9-bit, mine, 4-bits-are-enough]\nbase_model: a/b\n---\n"
+    tags = header(card_text(model, previous=previous, tags=["new"]))["tags"]
+    assert tags == ["qhub", "pow2", "quantized", "4-bit", "mine", "4-bits-are-enough", "new"]
+    model.config._name_or_path = ""
+    assert header(card_text(model, previous=previous))["base_model"] == "a/b"
 
 
 def test_a_folders_own_card_is_kept_and_qhubs_is_renewed(model: Any, tmp_path: Path) -> None:
@@ -229,9 +237,7 @@ def test_tags_are_added_once(card: str, tags: list[str]) -> None:
     assert with_tags(tagged, ["a", "b"], "it") == tagged
 
 
-@pytest.mark.parametrize(
-    "card", ["---\ntags: [a\n---\n", "---\n- a\n---\n", "---\neval_results: 3\nmodel-index: 3\n---\n"]
-)
-def test_a_header_that_cannot_be_read_is_one_error(card: str) -> None:
+@pytest.mark.parametrize("header", ["tags: [a", "- a", "1: {2: 3}\nmodel-index: 3"])
+def test_a_header_that_cannot_be_read_is_one_error(header: str) -> None:
     with pytest.raises(CheckpointError, match="the header of that card is not valid"):
-        with_tags(card, ["a"], "that card")
+        with_tags(f"---\n{header}\n---\n", ["a"], "that card")

@@ -51,6 +51,7 @@ def _grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _golden() -> dict[str, Case]:
     """Return the cases of make_golden.py by name."""
     tensors = load_file(DATA / "golden.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("scales/")}
     inputs = {key.removeprefix("input/"): tensors.pop(key) for key in list(tensors) if key.startswith("input/")}
     cases = {}
     for name, entries in _grouped(tensors).items():
@@ -91,6 +92,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, cases in (("golden", GOLDEN), ("upstream", UPSTREAM), ("known", {**GOLDEN, **UPSTREAM})):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, list(cases.values()), ids=list(cases))
+
+
+@pytest.fixture
+def known_scales() -> dict[str, Tensor]:
+    """Return values and what upstream's quantize_blockwise makes of them, by the names of quantize_scales."""
+    return _grouped(load_file(DATA / "golden.safetensors"))["scales"]
 
 
 @pytest.fixture

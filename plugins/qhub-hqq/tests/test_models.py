@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, HqqConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    HqqConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from qhub import QuantizedTensor
 from qhub.errors import CheckpointError, ConfigError
@@ -141,3 +148,33 @@ def test_a_damaged_checkpoint_names_the_tensor(tiny_checkpoint: Path, tmp_path: 
     folder = _damaged(tiny_checkpoint, tmp_path, **{name: value})
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj"):
         _load(folder)
+
+
+@pytest.mark.parametrize("arguments", [{"nbits": 4}, {"dynamic_config": {"mlp.experts.gate_up_proj": {"nbits": 3}}}])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_experts_are_quantized_one_by_one(tmp_path: Path, arguments: dict[str, Any], axis: int) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=96,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
+    values = HqqConfig(axis=axis, **arguments)
+    if "dynamic_config" in arguments:
+        values = HqqConfig(dynamic_config={"mlp.experts.gate_up_proj": {"nbits": 3, "axis": axis}})
+    model = _load(tmp_path / "dense", quantization_config=values)
+    fused = [weight for name, weight in _quantized(model).items() if name.endswith("experts.gate_up_proj")]
+    assert [tuple(weight.shape) for weight in fused] == [(4, 128, 64)]
+    logits = _logits(model)
+    model.save_pretrained(tmp_path / "quantized")
+    again = _load(tmp_path / "quantized")
+    assert set(_quantized(again)) == set(_quantized(model))
+    assert torch.equal(_logits(again), logits)

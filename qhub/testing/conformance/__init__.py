@@ -10,7 +10,7 @@ Subclass :class:`MethodConformance`, name a method and configs, and pytest finds
         bad_configs = [dict(nbits=5)]
         native_packages = ("hqq",)
 
-The plugin must be installed (``pip install -e .``): part of the tests run in a fresh process that imports only transformers.
+The plugin must be installed (``pip install -e .``): some tests run in a fresh process that imports only transformers.
 
     discovery.py  installed, loads alone, light to import, hooks spelled right
     configs.py    keys and values: round trip, refusals
@@ -55,5 +55,5 @@ class MethodConformance(
 ):
     """Checks one method against the invariants of qhub; every attribute is described in :class:`~.subject.KitBase`.
 
-    Tests run from the cheap to the dear (pytest takes the last base class first), so the first failure is the one to read.
+    Tests run from the cheap to the dear (pytest takes the last base class first): read the first failure first.
     """

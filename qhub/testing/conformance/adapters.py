@@ -52,17 +52,17 @@ class AdapterChecks(KitBase):
             for name, weight in quantized_weights(tuned).items()
         }
         assert set(after) == set(before), "training changed which weights are quantized"
-        moved = [name for name, weight in after.items() if not torch.equal(weight.dequantize(torch.float32), before[name])]
+        moved = [name for name, one in after.items() if not torch.equal(one.dequantize(torch.float32), before[name])]
         assert not moved, f"training an adapter changed {moved}"
 
     def test_lora_merges_and_reloads(self, single: Subject, bench: Workbench) -> None:
-        """merge_and_unload writes the adapter into the quantized weights; saved and reloaded, the logits are the same."""
+        """merge_and_unload writes the adapter into the quantized weights; the logits survive saving and reloading."""
         tuned, losses = self._trained(single, bench)
         refusals = {w.policy.refuse for w in quantized_weights(tuned).values()} - {None}
         if refusals:
             with pytest.raises(UnsupportedError) as caught:
                 tuned.merge_and_unload()
-            assert any(str(reason) in str(caught.value) for reason in refusals), f"the reason is not given: {caught.value}"
+            assert any(str(reason) in str(caught.value) for reason in refusals), f"no reason given: {caught.value}"
             pytest.skip(f"{self.method} refuses merges, and says why: {sorted(map(str, refusals))}")
         names = {name.replace(".base_layer", "").removeprefix("base_model.model.") for name in quantized_weights(tuned)}
         merged = tuned.merge_and_unload()
@@ -70,10 +70,10 @@ class AdapterChecks(KitBase):
         with torch.no_grad():
             loss = float(merged(input_ids=INPUT, labels=INPUT).loss)
         # A merge rounds the update onto the grid; with nothing of it left, the loss would be the untrained one.
-        assert loss < losses[0], f"the merged model has lost the training: {loss}, untrained {losses[0]}, adapter {losses[-1]}"
+        assert loss < losses[0], f"the merge lost the training: {loss}, untrained {losses[0]}, adapter {losses[-1]}"
         expected = bench.logits(merged)
         folder = bench.folder("merged")
         merged.save_pretrained(folder)
         again = bench.load(folder)
         assert set(quantized_weights(again)) == names
-        assert torch.equal(bench.logits(again), expected), "the merged model's logits change when it is saved and reloaded"
+        assert torch.equal(bench.logits(again), expected), "the merged model's logits change on the way through a file"

@@ -30,13 +30,15 @@ class ConfigChecks(KitBase):
         again = bench.parse(written)
         assert type(again) is type(config)
         assert json.loads(json.dumps(again.to_dict())) == written, "to_dict() and from_dict() lose something"
+        assert vars(again) == vars(config), f"to_dict() and from_dict() lose something: {vars(config)} -> {vars(again)}"
         self._compare_values(values, config)
 
     def _compare_values(self, values: Mapping[str, Any], config: Any) -> None:
         lost = {
             key: (value, getattr(config, key))
             for key, value in values.items()
-            if isinstance(value, (int, float, str, bool)) and getattr(config, key, value) != value
+            if isinstance(value, (int, float, str, bool))
+            and getattr(config, key, value) != value
             # Some classes turn a name into what it names: "float16" into torch.float16.
             and str(getattr(config, key)).rpartition(".")[2] != str(value)
         }
@@ -76,7 +78,7 @@ class ConfigChecks(KitBase):
 
         parsed = bench.parse(bench.configs[config])
         setattr(parsed, spec.skip, [*(getattr(parsed, spec.skip) or []), "lm_head", "model.layers.1", "q_proj"])
-        model = AutoModelForCausalLM.from_pretrained(bench.dense("llama"), quantization_config=parsed)
+        model: Any = AutoModelForCausalLM.from_pretrained(bench.dense("llama"), quantization_config=parsed)
         plan, skipped = model.hf_quantizer.plan, model.hf_quantizer.skipped
         wrong = [name for name in plan if name.startswith(("model.layers.1", "lm_head")) or "q_proj" in name]
         assert not wrong, f"quantized although listed in {spec.skip}: {wrong}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,13 @@ class Checkpoint:
         """Copy the checkpoint to ``target`` and return that."""
         return Path(shutil.copytree(self.folder, target, dirs_exist_ok=True))
 
-    def with_tensors(self, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-        """Return a copy whose tensors ``change`` has edited in place."""
+    def with_tensors(self, target: Path, changes: Mapping[str, Tensor | None]) -> Path:
+        """Return a copy with the tensors ``changes`` put in or replaced; None takes one out."""
         folder = self.copy(target)
-        tensors = load_file(folder / _NAME)
-        change(tensors)
+        tensors: dict[str, Tensor | None] = {**load_file(folder / _NAME), **changes}
         # safetensors wants each tensor whole and alone in its memory.
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / _NAME, metadata={"format": "pt"})
+        whole = {name: value.contiguous().clone() for name, value in tensors.items() if value is not None}
+        save_file(whole, folder / _NAME, metadata={"format": "pt"})
         return folder
 
     def with_bytes(self, target: Path, change: Callable[[bytes], bytes]) -> tuple[Path, Path]:
@@ -118,7 +118,7 @@ def another_dtype(value: Tensor, allowed: tuple[torch.dtype, ...]) -> Tensor | N
 
 
 def with_first(value: Tensor, number: float) -> Tensor | None:
-    """Return a float ``value`` with ``number`` (NaN or infinity) as its first entry; None where the dtype has no such number."""
+    """Return a float ``value`` that begins with ``number`` (NaN, infinity); None if its dtype has no such number."""
     special = torch.tensor(number).to(value.dtype)
     if special.float().isnan().item() != torch.tensor(number).isnan().item():
         return None
@@ -130,7 +130,7 @@ def with_first(value: Tensor, number: float) -> Tensor | None:
 
 
 def _bytewise(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply ``change``, along the first dimension, to a view of ``value`` that every operator takes (float8 is taken by few)."""
+    """Apply ``change``, along the first dimension, to ``value``; through bytes, as few operators take float8."""
     if value.element_size() != 1 or value.dtype == torch.bool:
         return change(value)
     return change(value.view(torch.uint8)).view(value.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,11 +44,9 @@ class DamageChecks(KitBase):
             raise AssertionError(f"{what}: {type(error).__name__} instead of {kind.__name__}: {error}") from error
         pytest.fail(f"{what}: a model was returned")
 
-    def _edit(self, good: Checkpoint, bench: Workbench, change: Callable[[dict[str, Tensor]], object]) -> Path:
-        def edit(tensors: dict[str, Tensor]) -> None:
-            change(tensors)
-
-        return good.with_tensors(bench.folder("damaged"), edit)
+    def _edited(self, good: Checkpoint, bench: Workbench, key: str, value: Tensor | None) -> Path:
+        """Return a copy of the checkpoint with one tensor put in, replaced or (None) taken out."""
+        return good.with_tensors(bench.folder("damaged"), {key: value})
 
     @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999], ids=["empty", "in the header", "half", "last bytes"])
     def test_truncated_file(self, single: Subject, kept: float, bench: Workbench) -> None:
@@ -68,7 +66,7 @@ class DamageChecks(KitBase):
         """Every required entry is missed; without an optional one the weight is the same or refused."""
         good, victim = self._good(single, bench)
         for local in self._worth_trying(victim, single):
-            folder = self._edit(good, bench, lambda t, local=local: t.pop(victim.key(local)))
+            folder = self._edited(good, bench, victim.key(local), None)
             if victim.required(local):
                 self._refused(folder, [victim.prefix], bench, what=f"{victim.key(local)} missing")
             else:
@@ -80,7 +78,7 @@ class DamageChecks(KitBase):
         fmt = bench.format(bench.model(single))
         surplus = ["qhub_surplus", *sorted(fmt.names - set(victim.declared))]
         for local in surplus:
-            folder = self._edit(good, bench, lambda t, local=local: t.update({victim.key(local): torch.zeros(3)}))
+            folder = self._edited(good, bench, victim.key(local), torch.zeros(3))
             self._refused(folder, [victim.prefix], bench, what=f"surplus {victim.key(local)}")
 
     def test_surplus_layer(self, single: Subject, bench: Workbench) -> None:
@@ -88,7 +86,7 @@ class DamageChecks(KitBase):
         good, victim = self._good(single, bench)
         prefix = f"{victim.prefix.rpartition('.')[0]}.qhub_surplus_proj"
         entries = {f"{prefix}.{local}": value for local, value in victim.entries.items()}
-        folder = self._edit(good, bench, lambda tensors: tensors.update(entries))
+        folder = good.with_tensors(bench.folder("damaged"), entries)
         self._refused(folder, [prefix], bench, what=f"surplus layer {prefix}")
 
     def test_wrong_shape(self, single: Subject, bench: Workbench) -> None:
@@ -97,7 +95,7 @@ class DamageChecks(KitBase):
         for local in self._worth_trying(victim, single):
             value = victim.entries[local]
             for other in other_shapes(value):
-                folder = self._edit(good, bench, lambda t, local=local, other=other: t.update({victim.key(local): other}))
+                folder = self._edited(good, bench, victim.key(local), other)
                 what = f"{victim.key(local)} of shape {tuple(other.shape)} instead of {tuple(value.shape)}"
                 if victim.required(local):
                     self._refused(folder, [victim.prefix], bench, what=what)
@@ -111,7 +109,7 @@ class DamageChecks(KitBase):
             other = another_dtype(value, victim.declared[local].dtypes)
             if other is None:
                 continue
-            folder = self._edit(good, bench, lambda t, local=local, other=other: t.update({victim.key(local): other}))
+            folder = self._edited(good, bench, victim.key(local), other)
             self._refused(folder, [victim.prefix], bench, what=f"{victim.key(local)} as {other.dtype}")
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=["nan", "infinity"])
@@ -124,7 +122,7 @@ class DamageChecks(KitBase):
             changed = with_first(victim.entries[local], number)
             if changed is None:
                 continue
-            folder = self._edit(good, bench, lambda t, local=local, changed=changed: t.update({victim.key(local): changed}))
+            folder = self._edited(good, bench, victim.key(local), changed)
             what = f"{victim.key(local)} holding {number}"
             try:
                 model = bench.load(folder)
@@ -153,24 +151,21 @@ class DamageChecks(KitBase):
         folder = good.with_config(bench.folder("damaged"), quant_method=_NOBODY)
         self._refused(folder, [_NOBODY], bench, UnknownMethodError, "relabelled config.json")
 
-    def test_dense_checkpoint_labelled_quantized(self, single: Subject, bench: Workbench) -> None:
-        """A config that promises quantized weights over a file with dense ones: refused."""
+    def test_dense_layer_that_does_not_fit(self, single: Subject, bench: Workbench) -> None:
+        """A layer that is stored dense, and does not fit: refused."""
         good, victim = self._good(single, bench)
-        weights = quantized_weights(bench.model(single))
-
-        def densify(tensors: dict[str, Tensor]) -> None:
-            for name in [name for name in tensors if name.startswith(f"{victim.prefix}.")]:
-                del tensors[name]
-            layer = weights[f"{victim.prefix}.weight"]
-            tensors[f"{victim.prefix}.weight"] = layer.dequantize(torch.float32).repeat(1, 2)
-
-        self._refused(self._edit(good, bench, densify), [victim.prefix], bench, what="one layer dense and of another shape")
+        layer = quantized_weights(bench.model(single))[f"{victim.prefix}.weight"]
+        # Of another shape: a dense layer of the right one is allowed, as methods leave layers out.
+        changes: dict[str, Tensor | None] = dict.fromkeys(victim.key(local) for local in victim.entries)
+        changes[f"{victim.prefix}.weight"] = layer.dequantize(torch.float32).repeat(1, 2)
+        folder = good.with_tensors(bench.folder("damaged"), changes)
+        self._refused(folder, [victim.prefix], bench, what="one layer dense and of another shape")
 
     def test_missing_dense_tensor(self, single: Subject, bench: Workbench) -> None:
         """A tensor that is not quantized is missed too: transformers would fill in random numbers."""
         good, _ = self._good(single, bench)
         key = good.dense_key(bench.format(bench.model(single)))
-        folder = self._edit(good, bench, lambda tensors: tensors.pop(key))
+        folder = self._edited(good, bench, key, None)
         self._refused(folder, [key], bench, what=f"{key} missing")
 
     def _same_or_refused(self, folder: Path, victim: Victim, single: Subject, bench: Workbench, what: str) -> None:

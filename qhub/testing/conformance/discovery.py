@@ -34,7 +34,7 @@ import qhub
 said["heavy"] = [name for name in ("torch", "transformers") if name in sys.modules]
 from qhub.registry import registry
 listed = registry.list()
-said["listed"] = {name: [info.distribution, info.target.partition(":")[0], list(info.clash)] for name, info in listed.items()}
+said["listed"] = {name: [info.distribution, list(info.clash)] for name, info in listed.items()}
 targets = {name: info.target.partition(":")[0] for name, info in listed.items()}
 said["imported_by_listing"] = [name for name, module in targets.items() if module in sys.modules]
 try:
@@ -70,18 +70,18 @@ class DiscoveryChecks(KitBase):
         if self.can_quantize:
             assert self.configs, f"{type(self).__name__}.configs is empty: give at least one config of {self.method}"
         else:
-            assert self.checkpoints(), f"{self.method} cannot quantize: set {type(self).__name__}.checkpoint to a golden folder"
+            assert self.checkpoints(), f"{self.method} cannot quantize: give {type(self).__name__} a checkpoint folder"
         for folder in self.checkpoints():
             assert (folder / "config.json").is_file(), f"{folder} holds no config.json: it is no checkpoint"
 
     def test_listed_without_importing(self, fresh_load: dict[str, Any]) -> None:
         """The entry point is found by one distribution, and listing imports no plugin."""
         assert self.method in fresh_load["listed"], (
-            f"no installed package announces {self.method!r} in the entry-point group qhub.plugins: pip install -e . (found: "
-            f"{sorted(fresh_load['listed'])})"
+            f"no installed package announces {self.method!r} in the entry-point group qhub.plugins: pip install -e . "
+            f"(found: {sorted(fresh_load['listed'])})"
         )
-        clash = fresh_load["listed"][self.method][2]
-        assert not clash, f"{self.method!r} is announced by {fresh_load['listed'][self.method][0]} and by {clash}"
+        distribution, clash = fresh_load["listed"][self.method]
+        assert not clash, f"{self.method!r} is announced by {distribution} and by {clash}"
         assert fresh_load["imported_by_listing"] == [], "listing plugins imported some of them"
 
     def test_importing_qhub_is_light(self, fresh_load: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class DiscoveryChecks(KitBase):
     def test_entry_module_is_light(self, fresh_load: dict[str, Any]) -> None:
         """Importing the entry module tries to import none of the native packages."""
         assert fresh_load["native"] == [], (
-            f"the entry module of {self.method!r} imports {fresh_load['native']}: move that import into the hook that needs it"
+            f"the entry module of {self.method!r} imports {fresh_load['native']}: import it in the hook that needs it"
         )
 
     def test_has_the_hooks_of_a_method(self) -> None:
@@ -113,7 +113,7 @@ class DiscoveryChecks(KitBase):
         functions = {name: getattr(plugin, name) for name in dir(plugin) if name.startswith("qhub_")}
         # pluggy's marker leaves this attribute on the function.
         unmarked = sorted(name for name, one in functions.items() if callable(one) and not hasattr(one, "qhub_impl"))
-        assert not unmarked, f"{unmarked} of the plugin {self.method!r} are no marked hooks: add @hookimpl, or rename them"
+        assert not unmarked, f"{unmarked} of the plugin {self.method!r} are not marked: add @hookimpl, or rename them"
 
     def test_misspelled_hook_is_refused(self) -> None:
         """The plugin with one hook more, of a name that the spec does not know, does not load."""

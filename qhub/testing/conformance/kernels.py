@@ -1,4 +1,4 @@
-"""Checks on the method's own layouts that a wrong kernel is caught, that a right one runs, and that forcing never falls back."""
+"""Checks on the method's layouts that a wrong kernel is caught, a right one runs, and forcing never falls back."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from qhub.errors import KernelError
 from qhub.kernels import dispatch
 from qhub.registry import KERNEL_GROUP, registry
+from qhub.tensor import QuantizedTensor
 from qhub.testing.conformance import sabotage
 from qhub.testing.conformance.subject import KitBase, Subject
 from qhub.testing.conformance.workbench import Workbench, matrices_of, quantized_weights
-from qhub.tensor import QuantizedTensor
 
 __all__ = ["KernelChecks"]
 
@@ -54,7 +54,9 @@ class KernelChecks(KitBase):
         for matrix, before in zip(matrices, expected, strict=True):
             name = f"{sabotage.WRONG}-{matrix.quant_layout.kind}"
             choice = dispatch.choose(matrix.quant_layout, matrix.parts, torch.float32)
-            assert "differs from the reference" in choice.refused.get(name, ""), f"{name} was not refused: {choice.refused}"
+            assert "differs from the reference" in choice.refused.get(name, ""), (
+                f"{name} was not refused: {choice.refused}"
+            )
             assert all(name != chosen for _, chosen, _ in choice.steps)
             sabotage.runs.clear()
             assert torch.equal(_product(matrix), before)

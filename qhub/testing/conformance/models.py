@@ -34,11 +34,10 @@ def _qwen3_moe(hidden: int) -> Any:
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
-        **_shared(hidden),
+        **{**_shared(hidden), "head_dim": hidden // 4},
         intermediate_size=2 * hidden,
         moe_intermediate_size=hidden,
         num_key_value_heads=2,
-        head_dim=hidden // 4,
         num_experts=4,
         num_experts_per_tok=2,
     )
@@ -48,7 +47,11 @@ def _mixtral(hidden: int) -> Any:
     from transformers import MixtralConfig
 
     return MixtralConfig(
-        **_shared(hidden), intermediate_size=2 * hidden, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+        **_shared(hidden),
+        intermediate_size=2 * hidden,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     )
 
 
@@ -66,7 +69,7 @@ def build_config(architecture: str, hidden: int) -> Any:
 
 
 def write_model(architecture: str, hidden: int, folder: Path) -> None:
-    """Write a random float32 model into ``folder``; the same one each time, and the caller's random state is left alone."""
+    """Write a random float32 model into ``folder``: the same one each time; the caller's random state is left alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):

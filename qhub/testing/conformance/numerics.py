@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qhub.tensor import QuantizedTensor
 from qhub.testing.conformance.subject import KitBase, Subject
 from qhub.testing.conformance.workbench import Workbench, matrices_of, quantized_weights
-from qhub.tensor import QuantizedTensor
 
 __all__ = ["NumericsChecks", "allowed_error"]
 
@@ -22,10 +22,11 @@ _ROWS = (1, 3, 17)
 def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tensor, bias: Tensor | None) -> Tensor:
     """Return how far each element of a product (M, N) may lie from ``exact``.
 
-    ``x`` (M, K): the input as given. ``dense`` (N, K), ``exact`` (M, N), ``bias`` (N): float64. With u the unit roundoff of the
-    dtype that the product runs in: weights and inputs are rounded to it once each, the output once, and once more to x's dtype;
-    sums of K products in float32 round K times (Higham 2002, section 3.1). A rotated layout rounds what it stores, not ``dense``,
-    so errors are bounded through norms, which rotations keep. An activation scheme adds half a step per input.
+    ``x`` (M, K): the input as given. ``dense`` (N, K), ``exact`` (M, N), ``bias`` (N): float64. With u the unit
+    roundoff of the dtype that the product runs in: weights and inputs are rounded to it once each, the output
+    once, and once more to x's dtype; sums of K products in float32 round K times (Higham 2002, section 3.1). A
+    rotated layout rounds what it stores, not ``dense``, so errors are bounded through norms, which rotations
+    keep. An activation scheme adds half a step per input.
     """
     compute = torch.finfo(weight.compute_dtype or x.dtype).eps / 2
     output = torch.finfo(x.dtype).eps / 2
@@ -56,7 +57,7 @@ class NumericsChecks(KitBase):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_every_layer_matches_float64(self, subject: Subject, dtype: torch.dtype, bench: Workbench) -> None:
-        """Each layer's output lies within rounding of the float64 product with its dequantized weight, bias included."""
+        """Each layer's output is the float64 product with its dequantized weight, up to rounding; bias included."""
         generator = torch.Generator().manual_seed(2)
         for name, weight, run, bias in _layers(bench.model(subject)):
             dense = weight.dequantize(torch.float32).double()
@@ -70,7 +71,7 @@ class NumericsChecks(KitBase):
                 exact = exact if bias is None else exact + bias
                 excess = ((found.double() - exact).abs() / allowed.clamp_min(1e-30)).max()
                 assert float(excess) <= 1, (
-                    f"{name}, M={count}: {float(excess):.2f} times further from the float64 product than rounding explains "
+                    f"{name}, M={count}: {float(excess):.2f} times further from float64 than rounding explains "
                     f"({weight.quant_layout})"
                 )
 

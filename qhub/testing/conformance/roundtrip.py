@@ -1,4 +1,4 @@
-"""Checks quantize, save, reload in a process that imports only transformers, dequantize, generate, and what it takes of memory."""
+"""Checks quantize, save, reload in a process that imports only transformers, dequantize, generate, and memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RoundTripChecks(KitBase):
                 # Raised again by the tests of this subject; the others go on.
                 failures[subject] = error
         out = bench.folder("fresh")
-        task = {
+        task: dict[str, Any] = {
             "folders": [str(folder) for folder in folders.values()],
             "input": INPUT.tolist(),
             "dense": str(bench.dense(self.architectures[0])) if self.can_quantize else "",
@@ -92,7 +92,9 @@ class RoundTripChecks(KitBase):
         assert folder not in reloaded["said"], f"the fresh process could not load it: {reloaded['said'].get(folder)}"
         expected = bench.logits(bench.model(subject))
         found = reloaded["logits"][folder]
-        assert torch.equal(found, expected), f"logits differ by up to {float((found - expected).abs().max()):.3e}: not bit-identical"
+        assert torch.equal(found, expected), (
+            f"logits differ by up to {float((found - expected).abs().max()):.3e}: not bit-identical"
+        )
 
     def test_reloads_bit_identical_in_a_fresh_process(self, subject: Subject, reloaded: dict, bench: Workbench) -> None:
         """Saved, and loaded by a process that imports only transformers: the same logits, bit by bit."""
@@ -119,7 +121,9 @@ class RoundTripChecks(KitBase):
         from transformers import AutoModelForCausalLM
 
         architecture = self.architectures[0]
-        model = AutoModelForCausalLM.from_pretrained(bench.dense(architecture), quantization_config=bench.values(config))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            bench.dense(architecture), quantization_config=bench.values(config)
+        )
         by_object = bench.model(Subject(config, architecture))
         assert model.hf_quantizer.plan == by_object.hf_quantizer.plan
         configs = [one.config.quantization_config for one in (model, by_object)]
@@ -169,12 +173,14 @@ class RoundTripChecks(KitBase):
         assert made[True].shape == (1, INPUT.shape[1] + 5)
         rounded = any(w.quant_layout.activation.kind != "none" for w in quantized_weights(model).values())
         # Rounded activations look at a whole batch of rows (outlier columns), so there a token may change.
-        assert rounded or torch.equal(made[True], made[False]), f"{made[True].tolist()} with cache, {made[False].tolist()} without"
+        assert rounded or torch.equal(made[True], made[False]), (
+            f"{made[True].tolist()} with cache, {made[False].tolist()} without"
+        )
 
     def test_takes_less_memory(self, subject: Subject, bench: Workbench) -> None:
         """Packed weights are smaller than the same in 16 bits, and the model's footprint counts them packed.
 
-        Tables and codebooks, whose size does not grow with the matrix, are left out: a tiny model is not what they are for.
+        Tables and codebooks, whose size does not grow with the matrix, are left out: they are meant for larger ones.
         """
         model = bench.model(subject)
         for name, weight in quantized_weights(model).items():
@@ -182,7 +188,9 @@ class RoundTripChecks(KitBase):
             larger = layout.with_rows(2 * layout.out_features).part_specs()
             growing = [part for part, spec in layout.part_specs().items() if larger[part].shape != spec.shape]
             packed = sum(weight.parts[part].numel() * weight.parts[part].element_size() for part in growing)
-            assert packed < 2 * weight.numel(), f"{name} takes {packed} bytes, in 16 bits it would take {2 * weight.numel()}"
+            assert packed < 2 * weight.numel(), (
+                f"{name} takes {packed} bytes, in 16 bits it would take {2 * weight.numel()}"
+            )
         expected = _bytes(model)
         counted = model.get_memory_footprint(return_buffers=False)
         assert counted == expected, f"get_memory_footprint says {counted}, the tensors take {expected}"
@@ -197,7 +205,9 @@ class RoundTripChecks(KitBase):
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3:
                 sizes[name in model.hf_quantizer.plan] += parameter.numel()
-                assert name in model.hf_quantizer.plan or model.hf_quantizer.skipped.get(name), f"{name} is dense, without a reason"
+                assert name in model.hf_quantizer.plan or model.hf_quantizer.skipped.get(name), (
+                    f"{name} is dense, without a reason"
+                )
         assert sizes[True] or sizes[False], "the model has no fused experts"
         if not sizes[True]:
             reasons = sorted({r for n, r in model.hf_quantizer.skipped.items() if "experts" in n})
@@ -211,7 +221,7 @@ def _bytes(model: Any) -> int:
 
 
 def _logits_tolerance(weights: dict[str, Any]) -> float | None:
-    """Return how far logits may lie from those of the dequantized model: each product as far as a kernel may; None for rounding."""
+    """Return how far logits may lie from the dequantized model's: what kernels may, summed; None for rounded inputs."""
     total = 0.0
     for weight in weights.values():
         if weight.quant_layout.activation.kind != "none":

@@ -1,4 +1,4 @@
-"""Kernels that the kit offers to the dispatcher: one that is right, one that is wrong by 1 %, both over the reference."""
+"""Kernels that the kit offers to the dispatcher: one that is right, and one that is wrong by 1 %."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wrong(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None) -> Tenso
 
 
 class Offer:
-    """Is a kernel plugin that offers one of the functions above for the layouts of ``kinds``, before any other kernel."""
+    """Is a kernel plugin: offers a function of this module for layouts of ``kinds``, before any other kernel."""
 
     def __init__(self, name: str, function: str, kinds: Iterable[str]) -> None:
         self._specs = [

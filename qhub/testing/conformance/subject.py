@@ -20,8 +20,8 @@ __all__ = ["KitBase", "Subject", "label"]
 class Subject:
     """Is one model to test.
 
-    Either ``config`` (index into the class's ``configs``) put on a tiny random ``architecture``, or ``checkpoint``: a folder with
-    a quantized model that something else wrote.
+    Either ``config`` (index into the class's ``configs``) put on a tiny random ``architecture``, or ``checkpoint``: a
+    folder with a quantized model that something else wrote.
     """
 
     config: int | None = None
@@ -37,14 +37,19 @@ def label(values: Mapping[str, Any]) -> str:
 class KitBase:
     """Holds what an author sets; :class:`qhub.testing.MethodConformance` brings the tests.
 
-    ``method``: the ``quant_method``, which is the entry point's name. ``configs``: values as in a ``config.json``, without
-    ``quant_method``; three that differ in what matters keep the run under a minute. ``bad_configs``: values that must raise
-    :class:`qhub.errors.ConfigError`, when parsed or when planned for a Llama of ``hidden_size``. ``can_quantize``: False for a
-    method that only loads; it must give ``checkpoint``. ``checkpoint``: a folder with a quantized causal language model
-    (config.json, *.safetensors; a tiny one) that the method's own library wrote, or several folders; None for none.
-    ``native_packages``: libraries that importing the plugin's entry module must never import. ``min_sqnr``: {index of the
-    config: lowest signal-to-noise ratio in dB of a normally distributed weight}. ``architectures``: tiny models that each config
-    is put on; the first one also serves tests that need only one. ``hidden_size``: of those models; a multiple of 16.
+    ``method``: the ``quant_method``, which is the entry point's name.
+    ``configs``: values as in a ``config.json``, without ``quant_method``; three that differ in what matters keep the
+    run under a minute.
+    ``bad_configs``: values that must raise :class:`qhub.errors.ConfigError`, when parsed or when planned for a Llama of
+    ``hidden_size``.
+    ``can_quantize``: False for a method that only loads; it must give ``checkpoint``.
+    ``checkpoint``: a folder with a quantized causal language model (config.json, model.safetensors; a tiny one) that
+    the method's own library wrote, or several folders; None for none.
+    ``native_packages``: libraries that importing the plugin's entry module must never import.
+    ``min_sqnr``: {index of the config: lowest signal-to-noise ratio in dB of a normally distributed weight}.
+    ``architectures``: tiny models that each config is put on, of those in :mod:`.models`; the first one also serves
+    tests that need only one.
+    ``hidden_size``: of those models; a multiple of 16.
     """
 
     method: ClassVar[str] = ""
@@ -68,7 +73,9 @@ class KitBase:
     @classmethod
     def all_configs(cls) -> list[dict[str, Any]]:
         """Return :attr:`configs`, then those of the checkpoints."""
-        stored = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in cls.checkpoints()]
+        stored = [
+            json.loads((folder / "config.json").read_text())["quantization_config"] for folder in cls.checkpoints()
+        ]
         return [{k: v for k, v in values.items() if k != "quant_method"} for values in (*cls.configs, *stored)]
 
     @classmethod
@@ -82,7 +89,7 @@ class KitBase:
             yield folder.name, Subject(checkpoint=folder)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Make one test per case out of the arguments that a test takes: subject, single, values, config, bad_config."""
+        """Make one test per case of the arguments that a test takes: subject, single, values, config, bad_config."""
         cls = type(self)
         cases: dict[str, list[tuple[str, Any]]] = {
             "subject": list(cls.subjects(every_architecture=True)),

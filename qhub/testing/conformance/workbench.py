@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qhub.formats import Format
 from qhub.registry import registry
-from qhub.testing.conformance.models import INPUT, build_config, write_model
 from qhub.tensor import QuantizedTensor
+from qhub.testing.conformance.models import INPUT, build_config, write_model
 
 if TYPE_CHECKING:
     from qhub.testing.conformance.subject import KitBase, Subject

@@ -74,9 +74,7 @@ def read_state(name: str, entry: Tensor) -> State:
             "one dimension"
         )
     try:
-        values = json.loads(
-            bytes(entry.tolist()).decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant
-        )
+        values = json.loads(bytes(entry.tolist()).decode("utf-8"), object_pairs_hook=_distinct)
     # RecursionError: a thousand opening brackets are valid input to the parser.
     except (ValueError, RecursionError) as error:
         raise LayoutError(
@@ -113,6 +111,7 @@ def _checked(name: str, values: dict[str, Any], nested: bool) -> State:
     if values["nested_dtype"] != "float32":
         raise refuse("nested_dtype", "'float32'")
     offset = values["nested_offset"]
+    # Python's parser lets NaN and Infinity through; the comparison does not.
     if not (_is_int(offset) or isinstance(offset, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise refuse("nested_offset", "a finite float32 number")
     return dataclasses.replace(state, nested_blocksize=values["nested_blocksize"], nested_offset=float(offset))
@@ -128,7 +127,3 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key stands twice")
     return values
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")

@@ -43,7 +43,7 @@ def lay_out(x, kind, m, k, row, paired, target):
 
 
 @device
-def round_int8(rows, m, k, row, threshold, columns):
+def round_int8(rows, m, row, threshold, columns):
     """Round ``m`` laid-out rows in place to absmax/127 steps each, columns that reach ``threshold`` left as they are.
 
     ``threshold``: 0 rounds all. ``columns``: address of ``row`` bytes to work in. Entries of a left column count as zero

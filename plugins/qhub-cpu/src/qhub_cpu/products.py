@@ -15,11 +15,13 @@ from qhub_cpu.vectors import (
     codes8,
     fma,
     high_half,
+    load_u8,
     load_vector,
     pick,
     stack_memory,
     store_bf16,
     store_f32,
+    store_u8,
     store_vector,
     store_vector_bf16,
     store_vector_f16,
@@ -207,7 +209,7 @@ def write16(address, w, kind):
 
 @cache
 def decoder(v: Variant, kind: int) -> Any:
-    """Return the compiled body that writes a thread's rows of W as float type ``kind``, row FIRST at the output's address."""
+    """Return the compiled body that writes a thread's rows of W as float type ``kind``, row 0 at the output's address."""
     key = seal()
     size = 4 if kind == F32 else 2
 
@@ -223,7 +225,7 @@ def decoder(v: Variant, kind: int) -> Any:
         k, group = word(block, K), word(block, GROUP)
         for row in range(start, stop):
             codes = word(block, CODES) + row * word(block, ROW_BYTES)
-            out = word(block, OUT) + (row - word(block, FIRST)) * k * size
+            out = word(block, OUT) + row * k * size
             index = row // word(block, GROUP_ROWS) * word(block, GROUPS)
             begin = 0
             while begin < k:
@@ -249,8 +251,8 @@ def decoder(v: Variant, kind: int) -> Any:
                         write16(out + column * size, w, kind)
                     else:
                         write16(short, w, kind)
-                        for rest in range((end - column) * size // 2):
-                            copy_half(out + column * size + 2 * rest, short + 2 * rest)
+                        for byte in range((end - column) * size):
+                            store_u8(out + column * size + byte, load_u8(short + byte))
                     column += 16
                 begin = end
                 index += 1

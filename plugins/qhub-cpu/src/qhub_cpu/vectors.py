@@ -16,7 +16,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 __all__ = [
-    "LANES", "add", "broadcast", "call_count", "call_fork", "codes1", "codes2", "codes3", "codes4", "codes5", "codes6",
+    "LANES", "add", "broadcast", "call_body", "call_count", "call_fork", "codes1", "codes2", "codes3", "codes4", "codes5", "codes6",
     "codes7", "codes8", "div", "fma", "high_half", "lanes", "load_bf16", "load_f16", "load_f32", "load_i8", "load_u8", "load_vector",
     "load_word", "mul", "pick", "round_bf16", "round_f16", "signed8", "stack_memory", "store_bf16", "store_f32", "store_u8",
     "store_vector", "store_vector_bf16", "store_vector_f16", "store_word", "sub", "to_float", "total", "zero_vector", "zip_high",
@@ -325,6 +325,13 @@ def _call_fork(context: Any, builder: Any, values: Any) -> None:
     builder.call(fork, [body, data, builder.trunc(values[3], _I32), ir.Constant(_I32, 0)])
 
 
+def _call_body(context: Any, builder: Any, values: Any) -> None:
+    body = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [_I64]).as_pointer())
+    builder.call(body, [values[1]])
+
+
+# body(block), by address.
+call_body = _make(types.void, (types.intp, types.intp), _call_body)
 # omp_get_thread_num and omp_get_num_threads, by address.
 call_count = _make(types.int64, (types.intp,), _call_count)
 # GOMP_parallel(body, data, threads, 0), by address.

@@ -49,8 +49,8 @@ class HqqFormat(Format):
     """Translates between the parts of an affine layout and the entries that ``HQQLinear`` writes and reads.
 
     ``settings``: of the config, by layer tag. With one setting for all layers the file must agree with it. With
-    settings per layer the file's own metadata decides: hqq reads nothing else, and a merged or renamed model may have
-    lost its tags.
+    settings per layer the file's own metadata decides: hqq reads nothing else, and the experts of a file do not have
+    the tags of the fused weights that were quantized.
     """
 
     def __init__(self, settings: Mapping[str | None, Settings]) -> None:

@@ -31,7 +31,11 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     """
     settings = settings_of(config)
     per_layer = None not in settings
-    if per_layer and weights and not any(layer_tag(weight.module) in settings for weight in weights):
+    if (
+        per_layer
+        and weights
+        and not any(layer_tag(one.module) in settings or _is_stored_expert(one) for one in weights)
+    ):
         known = sorted({layer_tag(weight.module) for weight in weights})
         raise ConfigError(
             f"none of the layer tags {sorted(map(str, settings))} of this hqq config is in the model, whose tags are "
@@ -42,6 +46,8 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     for weight in weights:
         tag = layer_tag(weight.module)
         one = settings.get(tag if per_layer else None)
+        if one is None and _is_stored_expert(weight):
+            one = next(iter(settings.values()))
         if weight.kind == "embedding":
             plans[weight.name] = Skip("hqq quantizes linear layers")
         elif tag in skipped:
@@ -51,6 +57,14 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
         else:
             plans[weight.name] = _plan_one(weight, one)
     return plans
+
+
+def _is_stored_expert(weight: WeightInfo) -> bool:
+    """Return whether ``weight`` is one expert in a file: its tag is not that of the fused weight that was quantized.
+
+    Any of the settings will do for it, because a file says itself how a layer is stored (see :class:`HqqFormat`).
+    """
+    return weight.kind == "experts" and weight.experts is None
 
 
 def _plan_one(weight: WeightInfo, settings: Settings) -> LayerPlan:

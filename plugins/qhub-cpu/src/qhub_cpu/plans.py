@@ -1,0 +1,121 @@
+"""What is known of a weight once and for all: the code to run and the argument block, from its layout and its parts' dtypes."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qhub.layouts import Affine, Grid, Lookup, Nested, Parts
+from qhub_cpu import words
+from qhub_cpu.variants import BF16, CONSTANT, F16, F32, I8, LOOKUP, NONE, OFFSET, U8, VALUE, Numbers, Variant
+
+__all__ = ["FLOAT_KINDS", "Plan", "group_reason", "plan_of"]
+
+FLOAT_KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+_KINDS = {**FLOAT_KINDS, torch.uint8: U8, torch.int8: I8}
+_MODES = {"constant": CONSTANT, "value": VALUE, "offset": OFFSET}
+
+
+@dataclass
+class Plan:
+    """Is the answer for one layout and the dtypes of its tensors.
+
+    ``variant``: what to compile for. ``block``: the argument block (WORDS,) int64, unchanging words filled in. ``address``: of its
+    memory. ``companions``: what goes into the words of scales and zeros: the name of a part whose address it is, an address
+    itself, or 0 for none. ``bodies``: addresses of compiled code by float type (None: of the product), filled by :mod:`qhub_cpu.linear`.
+    """
+
+    variant: Variant
+    block: np.ndarray
+    address: int
+    companions: tuple[str | int, ...]
+    bodies: dict[int | None, int] = field(default_factory=dict)
+
+
+def group_reason(grid: Grid, in_features: int) -> str | None:
+    """Return why weights under ``grid`` cannot be read 16 at a time; None when they can."""
+    if grid.kind != "block":
+        return f"reads groups along K, not {grid.kind} ones"
+    if grid.cols % 16 and grid.cols < in_features:
+        return f"needs groups of a multiple of 16 weights, not {grid.cols}"
+    return None
+
+
+# By identity, because hashing a layout takes longer than a small product; the layout itself keeps its plans alive.
+_plans: dict[int, tuple[weakref.ref, dict[Any, Plan]]] = {}
+
+
+def plan_of(layout: Affine | Lookup, parts: Parts) -> Plan:
+    """Return the plan for ``layout`` with tensors of the dtypes of ``parts``; made once."""
+    known = _plans.get(id(layout))
+    if known is None or known[0]() is not layout:
+        key = id(layout)
+        known = _plans[key] = (weakref.ref(layout, lambda _: _plans.pop(key, None)), {})
+    dtypes = tuple([part.dtype for part in parts.values()])
+    plan = known[1].get(dtypes)
+    if plan is None:
+        plan = known[1][dtypes] = _plan(layout, parts)
+    return plan
+
+
+def _plan(layout: Affine | Lookup, parts: Parts) -> Plan:
+    grid, k = layout.grid, layout.in_features
+    paired = int(layout.bits == 4 and (grid.cols % 32 == 0 or grid.cols >= k))
+    scales, scale_names = _numbers("scales", layout.scales_nested, parts)
+    zeros, zero_names = Numbers(), (0, 0, 0, 0)
+    mode, rounding, signed, zero_point, unit = LOOKUP, F32, 0, 0.0, 1.0
+    if isinstance(layout, Affine):
+        mode, signed, zero_point, unit = _MODES[layout.zero], int(layout.signed), float(layout.zero_point), layout.unit
+        if layout.zero != "constant":
+            zeros, zero_names = _numbers("zeros", layout.zeros_nested, parts)
+        if layout.math == "scales" and layout.scales_nested is None:
+            rounding = FLOAT_KINDS[parts["scales"].dtype]
+    variant = Variant(layout.bits, signed, paired, mode, rounding, zero_point, float(unit), scales, zeros)
+    block = np.zeros(words.WORDS, np.int64)
+    block[words.N], block[words.K] = layout.out_features, k
+    block[words.ROW_BYTES] = parts["qweight"].shape[-1]
+    block[words.GROUP_ROWS], block[words.GROUP], block[words.GROUPS] = grid.rows, grid.cols, -(-k // grid.cols)
+    block[words.PAIRED] = paired
+    if isinstance(layout, Lookup):
+        block[words.TABLE_ENTRIES] = 2**layout.bits
+    block[words.ROUNDS] = layout.activation.kind == "int8"
+    block.view(np.float32)[2 * words.THRESHOLD] = layout.activation.threshold
+    block[words.SCALES + 4] = _shift(layout.scales_nested)
+    block[words.ZEROS + 4] = _shift(layout.zeros_nested if isinstance(layout, Affine) else None)
+    return Plan(variant, block, block.ctypes.data, (*scale_names, *zero_names))
+
+
+def _shift(nested: Nested | None) -> int:
+    # 63: every index becomes the one second-level scale of the matrix.
+    return 63 if nested is None or not nested.group else nested.group.bit_length() - 1
+
+
+def _numbers(name: str, nested: Nested | None, parts: Parts) -> tuple[Numbers, tuple[str | int, ...]]:
+    dtype = parts[name].dtype
+    if nested is None:
+        return Numbers(_KINDS[dtype]), (name, 0, 0, 0)
+    # A float8 code is one of 256 values: it is looked up like any other code.
+    float8 = dtype not in _KINDS
+    numbers = Numbers(
+        kind=U8 if float8 else _KINDS[dtype],
+        table=int(nested.table or float8),
+        super_kind=_KINDS[parts[f"{name}_super"].dtype],
+        divide=int(nested.divide),
+        offset=int(nested.offset),
+    )
+    table: str | int = f"{name}_table" if nested.table else 0
+    if float8:
+        table = _float8_values(dtype).data_ptr()
+    return numbers, (name, f"{name}_super", table, f"{name}_offset" if nested.offset else 0)
+
+
+@cache
+def _float8_values(dtype: torch.dtype) -> Tensor:
+    """Return what the 256 codes of a float8 dtype stand for, in float32."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()

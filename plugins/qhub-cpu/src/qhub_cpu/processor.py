@@ -1,0 +1,29 @@
+"""What the processor offers, as the compiler sees it."""
+
+from __future__ import annotations
+
+import platform
+
+__all__ = ["features", "level", "missing"]
+
+
+def features() -> frozenset[str]:
+    """Return the instruction sets that numba compiles for, by LLVM's names."""
+    from numba.core.registry import cpu_target
+
+    listed = cpu_target.target_context.codegen().magic_tuple()[2]
+    return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
+
+
+def level() -> str:
+    """Return the set that table lookups use."""
+    found = features()
+    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in found), "no lookup instruction")
+
+
+def missing() -> list[str]:
+    """Return the instruction sets that the compiled code cannot do without and this processor lacks."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    # Without F16C, float16 becomes calls into a library that the compiler does not link.
+    return sorted({"avx2", "fma", "f16c"} - features())
