@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qhub import plugins
+from qhub import QuantizedTensor, plugins
 from qhub.evaluate import compare, decode_speed, windows_of
 from qhub.testing.hub_server import HubServer
 
@@ -46,21 +47,31 @@ class Row:
     seconds: float
 
 
-def measure(method: str, preset: str, config: dict[str, Any] | None, base: Any, tokens: Any, prompt: Any) -> tuple[Row, Any]:
+def measure(
+    method: str, preset: str, config: dict[str, Any] | None, base: Any, tokens: Any, prompt: Any
+) -> tuple[Row, Any]:
     """Load the model, quantized if ``config`` is given, and measure it against ``base``."""
     started = time.perf_counter()
     arguments = {} if config is None else {"quantization_config": {"quant_method": method, **config}}
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, **arguments)
     seconds = time.perf_counter() - started
     found = compare(model, base, tokens)
     speed = decode_speed(model, prompt, new_tokens=32, runs=3)
-    from qhub import QuantizedTensor
-
     weights = [p for p in model.parameters() if isinstance(p, QuantizedTensor)]
     count = sum(w.numel() for w in weights)
-    bits = 8 * sum(w.nbytes for w in weights) / count if count else 32.0
+    bits = 8 * sum(w.nbytes for w in weights) / count if count else 16.0
     size = model.get_memory_footprint() / 1e6
-    row = Row(method, preset, bits, size, found.model.value, found.kl_mean, found.top1_agreement, speed.tokens_per_second, seconds)
+    row = Row(
+        method,
+        preset,
+        bits,
+        size,
+        found.model.value,
+        found.kl_mean,
+        found.top1_agreement,
+        speed.tokens_per_second,
+        seconds,
+    )
     return row, model
 
 
@@ -76,7 +87,9 @@ def draw(rows: list[Row], base: float, file: Path) -> None:
         points = [row for row in rows if row.method == method]
         axes.scatter([p.bits for p in points], [p.perplexity for p in points], s=48, label=method, zorder=3)
         for point in points:
-            axes.annotate(point.preset, (point.bits, point.perplexity), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                point.preset, (point.bits, point.perplexity), xytext=(5, 5), textcoords="offset points", fontsize=8
+            )
     axes.axhline(base, color="0.5", linewidth=1, linestyle="--", label="16-bit model")
     axes.set_yscale("log")
     axes.set_xlabel("bits per quantized weight, scales and zeros counted")
@@ -96,21 +109,25 @@ def through_the_hub(model: Any, console: Console) -> None:
         expected = model(ids).logits
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained('demo/doclm-5m', dtype=torch.float32)\n"
+        "model = AutoModelForCausalLM.from_pretrained('demo/doclm-5m')\n"
         "torch.save(model(torch.arange(1, 17)[None]).logits.detach(), sys.argv[1])\n"
     )
     with HubServer(tokens={"hf_demo": "demo"}) as hub, tempfile.TemporaryDirectory() as folder:
         with hub.activate(token="hf_demo"):
             model.push_to_hub("demo/doclm-5m")
         pushed = hub.repo("demo/doclm-5m")
-        import os
-
         environment = {**os.environ, **hub.environment(token="hf_demo", cache_dir=Path(folder) / "cache")}
         result = Path(folder) / "logits.pt"
-        subprocess.run([sys.executable, "-c", script, str(result)], check=True, env=environment, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-c", script, str(result)], check=True, env=environment, stderr=subprocess.DEVNULL
+        )
         same = torch.equal(torch.load(result), expected)
-        console.print(f"Pushed to {hub.endpoint} as demo/doclm-5m: {', '.join(sorted(pushed.files))}; tags {sorted(pushed.tags)}")
-        console.print(f"Loaded back in a process that imports only transformers: logits {'identical' if same else 'DIFFER'}")
+        console.print(
+            f"Pushed to {hub.endpoint} as demo/doclm-5m: {', '.join(sorted(pushed.files))}; tags {sorted(pushed.tags)}"
+        )
+        console.print(
+            f"Loaded back in a process that imports only transformers: logits {'identical' if same else 'DIFFER'}"
+        )
     if not same:
         raise SystemExit(1)
 
@@ -126,7 +143,7 @@ def main() -> None:
     tokens = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), count=arguments.windows)
     prompt = tokens[:1, :32]
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    reference, _ = measure("none", "float32", None, base, tokens, prompt)
+    reference, _ = measure("none", "bfloat16", None, base, tokens, prompt)
 
     jobs, silent = [], []
     for name in plugins.list():
@@ -152,7 +169,9 @@ def main() -> None:
     console.print(table)
     if silent:
         console.print(f"Installed, but they only load checkpoints: {', '.join(silent)}")
-    (arguments.out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "demo.json").write_text(
+        json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
+    )
     draw(rows[1:], reference.perplexity, arguments.out / "demo.png")
     console.print(f"Drawn: {arguments.out / 'demo.png'}")
     if pushed is None:

@@ -6,7 +6,7 @@ Works from names and shapes alone, so it runs on the meta device before a byte i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from qhub.layouts import Layout
 
-__all__ = ["LayerPlan", "Skip", "WeightInfo", "matches", "skipped_by"]
+__all__ = ["LayerPlan", "Skip", "WeightInfo", "matches"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class WeightInfo:
 
     @property
     def module(self) -> str:
-        """Return the module's name: the parameter's without ``.weight``."""
-        return self.name.removesuffix(".weight")
+        """Return the name of the module that holds the weight; fused experts: of the module that holds them all."""
+        return self.name.rpartition(".")[0]
 
     @property
     def size(self) -> int:
@@ -81,13 +81,3 @@ def matches(module: str, patterns: Iterable[str]) -> str | None:
         if by_expression or module.endswith(pattern):
             return pattern
     return None
-
-
-def skipped_by(weights: Iterable[WeightInfo], patterns: Mapping[str, str]) -> dict[str, str]:
-    """Return ``{weight name: reason}`` for the weights that ``patterns`` ({pattern: reason}) leave alone."""
-    skipped = {}
-    for weight in weights:
-        pattern = matches(weight.module, patterns)
-        if pattern is not None:
-            skipped[weight.name] = patterns[pattern]
-    return skipped

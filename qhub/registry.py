@@ -55,6 +55,7 @@ class Registry:
         self._listed: dict[tuple[str, str], list[EntryPoint]] | None = None
         self._loaded: dict[tuple[str, str], Any] = {}
         self.failures: dict[str, PluginError] = {}
+        self._said: set[str] = set()
 
     # -- listing -----------------------------------------------------------------------------------------------------
 
@@ -94,6 +95,7 @@ class Registry:
         with self._lock:
             self._listed = None
             self.failures.clear()
+            self._said.clear()
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -209,15 +211,16 @@ class Registry:
                     yield name, answer
 
     def _record(self, name: str, hook: str, error: Exception) -> None:
-        known = isinstance(error, PluginError) and name in self.failures
         failure = (
             error
             if isinstance(error, PluginError)
             else PluginError(f"{hook} of the plugin {name!r} failed: {type(error).__name__}: {error}")
         )
         self.failures.setdefault(name, failure)
-        if not known:
-            warnings.warn(f"qhub goes on without the plugin {name!r}: {failure}", RuntimeWarning, stacklevel=3)
+        message = f"qhub goes on without the plugin {name!r}: {failure}"
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _dist(entry: EntryPoint) -> str:

@@ -153,7 +153,11 @@ def test_windows_are_cut_from_the_beginning():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"length": 9}, "8 tokens, less than one window of 9"), ({"length": 1}, "at least one window"), ({"count": 0}, "at least one")],
+    [
+        ({"length": 9}, "8 tokens, less than one window of 9"),
+        ({"length": 1}, "at least one window"),
+        ({"count": 0}, "at least one"),
+    ],
 )
 def test_impossible_windows_are_refused(options, message):
     with pytest.raises(UnsupportedError, match=message):

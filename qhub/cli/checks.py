@@ -213,11 +213,13 @@ def _cpu_features() -> list[str]:
 
 def _plugins() -> Iterator[Finding]:
     """Load every plugin, and let each speak for itself."""
+    reported = set()
     for group, noun in ((METHOD_GROUP, "method"), (KERNEL_GROUP, "kernels")):
         for name, info in registry.list(group).items():
             subject = f"{noun} {name}"
             if info.clash:
-                owners = " and ".join([info.distribution, *info.clash])
+                reported.add(name)
+                owners = " and ".join(sorted([info.distribution, *info.clash]))
                 yield Finding("error", subject, f"announced by {owners}, so neither is used", "uninstall one of them")
                 continue
             try:
@@ -225,6 +227,7 @@ def _plugins() -> Iterator[Finding]:
                 served = f", served by {served_by(name)}" if group == METHOD_GROUP else ""
                 yield Finding("ok", subject, f"{info.distribution} {info.version}{served}")
             except QhubError as error:
+                reported.add(name)
                 yield Finding(
                     "error", subject, str(error), f"reinstall or update {info.distribution}, or set QHUB_DISABLE={name}"
                 )
@@ -235,10 +238,9 @@ def _plugins() -> Iterator[Finding]:
             "no quantization method is installed",
             "pip install 'qhub-core[all]', or one, such as qhub-hqq",
         )
-    known = set(registry.failures)
     for _, findings in registry.broadcast("qhub_doctor", groups=(METHOD_GROUP, KERNEL_GROUP)):
         yield from findings
-    for name in sorted(set(registry.failures) - known):
+    for name in sorted(set(registry.failures) - reported):
         yield Finding("error", f"plugin {name}", str(registry.failures[name]), "report it to the plugin's authors")
 
 

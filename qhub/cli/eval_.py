@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qhub.cli.loading import DeviceMap, Model, load_model, load_tokenizer, parse_device_map, parse_dtype
+from qhub.cli.loading import DeviceMap, Model, existing, load_model, load_tokenizer, parse_device_map, parse_dtype
 from qhub.cli.output import Json, emit, plain, say, table, working
 
 __all__ = ["evaluate"]
@@ -17,7 +17,9 @@ _PROMPT = 16
 
 def evaluate(
     model: Model,
-    base: Annotated[str | None, typer.Option(help="The unquantized model to compare with: folder or Hub name.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unquantized model to compare with: folder or Hub name.", callback=existing)
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(

@@ -150,7 +150,7 @@ def _shown(data: dict[str, Any], abilities: bool) -> list[Any]:
         shown.append(f"turned off by QHUB_DISABLE: {', '.join(data['disabled'])}")
     for row in [*data["methods"], *data[_FOR_KERNELS]]:
         if row["clash"]:
-            owners = " and ".join([row["package"], *row["clash"]])
+            owners = " and ".join(sorted([row["package"], *row["clash"]]))
             shown.append(f"{row['name']} cannot be used: it is announced by {owners}; uninstall one of them")
         elif row.get("failure"):
             shown.append(f"{row['name']} cannot be used: {row['failure']}")

@@ -20,6 +20,7 @@ __all__ = [
     "Dtype",
     "Model",
     "copy_companions",
+    "existing",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -30,9 +31,34 @@ __all__ = [
     "weight_sizes",
 ]
 
+
+def existing(model: str | None) -> str | None:
+    """Return ``model`` if it can be one: a folder with a config.json, or a name that the Hub could have.
+
+    A path that leads nowhere and a folder without a config.json are wrong usage; nothing is imported to see that.
+    """
+    if model is None:
+        return None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise typer.BadParameter(f"the folder {model} has no config.json, so it is no model")
+        return str(path)
+    if path.exists():
+        raise typer.BadParameter(f"{model} is a file, not a folder with a model")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise typer.BadParameter(f"there is no folder {model}")
+    return model
+
+
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A folder with a model, or the name of one on the Hub.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with a model, or the name of one on the Hub.",
+        show_default=False,
+        callback=existing,
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: as the checkpoint has it.")]
 DeviceMap = Annotated[
@@ -87,20 +113,16 @@ def parse_device_map(text: str | None) -> Any:
 
 
 def load_config(model: str) -> Any:
-    """Return the model's config; a path that does not exist, or a folder without a config.json, is wrong usage."""
+    """Return the model's config.
+
+    Raises :class:`CheckpointError` when transformers does not know such a model.
+    """
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise typer.BadParameter(f"the folder {model} has no config.json, so it is no model", param_hint="MODEL")
-        try:
-            return AutoConfig.from_pretrained(path)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{path / 'config.json'} is no config that transformers reads: {error}") from error
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise typer.BadParameter(f"there is no folder {model}", param_hint="MODEL")
-    return AutoConfig.from_pretrained(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"the config.json of {model} is none that transformers reads: {error}") from error
 
 
 def load_model(model: str, **options: Any) -> Any:
@@ -111,10 +133,8 @@ def load_model(model: str, **options: Any) -> Any:
 
     # Whoever calls qhub by name wants it, with the automatic loading off too.
     install()
-    config = load_config(model)
-    name = next(iter(config.architectures or []), "")
-    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    return cls.from_pretrained(str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model, **options)
+    name = next(iter(load_config(model).architectures or []), "")
+    return getattr(transformers, name, transformers.AutoModelForCausalLM).from_pretrained(model, **options)
 
 
 def load_tokenizer(*models: str) -> Any:
@@ -139,9 +159,8 @@ def load_tokenizer(*models: str) -> Any:
 
 def local_folder(model: str) -> Path:
     """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, allow_patterns=[*_COMPANIONS, "*.safetensors.index.json"]))
@@ -164,7 +183,7 @@ def weight_sizes(model: str) -> list[int]:
     """
     folder = local_folder(model)
     sizes = [file.stat().st_size for file in weight_files(folder)]
-    if not sizes and not Path(model).expanduser().is_dir():
+    if not sizes and not Path(model).is_dir():
         from huggingface_hub import HfApi
 
         listed = {

@@ -159,7 +159,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def _check_target(model: str, out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
-    source = Path(model).expanduser()
+    source = Path(model)
     if out.exists() and source.exists() and out.samefile(source):
         raise typer.BadParameter(
             "it is the folder of MODEL, whose weights would be replaced: take another", param_hint="--out"
@@ -178,11 +178,11 @@ def _refuse_quantized(model: str) -> None:
 
 
 def _push(model: Any, out: Path, companions: list[str], repo: str, private: bool, max_shard_size: str) -> None:
-    from huggingface_hub import upload_folder
+    from huggingface_hub import HfApi
 
     model.push_to_hub(repo, private=private, max_shard_size=max_shard_size)
     if companions:
-        upload_folder(repo_id=repo, folder_path=out, allow_patterns=companions, commit_message="Upload tokenizer")
+        HfApi().upload_folder(repo_id=repo, folder_path=out, allow_patterns=companions, commit_message="Add tokenizer")
 
 
 def _measured(model: Any, source: Path, out: Path) -> dict[str, Any]:

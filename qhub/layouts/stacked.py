@@ -1,7 +1,7 @@
 """Matrices on top of each other, each on a layout of its own: fused projections that share neither tables nor groups.
 
-Two AQLM matrices have their own codebooks, and a group of HQQ's axis 0 has members in every row: gate and up projections of
-that kind cannot become one matrix of their layout, but they can stay what they are inside one.
+Two AQLM matrices have their own codebooks, and a group of HQQ's axis 0 has members in every row: gate and up
+projections of that kind cannot become one matrix of their layout, but they can stay what they are inside one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
-from qhub.layouts.base import GridPolicy, Layout, PartSpec, Parts
+from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec
 
 __all__ = ["Stacked"]
 

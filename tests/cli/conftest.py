@@ -1,16 +1,18 @@
-"""Fixtures of the command line's tests: a runner, a quantized model, and packages that are installed for one process."""
+"""Fixtures of the command line's tests: a runner, a quantized model, packages installed for one test."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.quantizers import auto
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,15 +22,21 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(pow2: str) -> Callable[..., Any]:
     """A function that runs a command in this process and returns its exit code, stdout and stderr."""
 
+    # Before click 8.2 the runner mixes both streams unless told.
+    apart: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+
     def command(*arguments: Any) -> Any:
         from qhub.cli.app import app
 
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
+        return CliRunner(**apart).invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def said() -> Callable[[Any], str]:
+    """A function that returns a result's stderr without the frame that usage errors are printed in."""
+    return lambda result: " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.fixture(scope="session")
@@ -53,22 +61,40 @@ def quantized(run: Callable[..., Any], doclm: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def install(tmp_path: Path) -> Callable[..., Path]:
-    """A function that makes a distribution which a process with the folder on its path finds installed."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """A function that installs a distribution for this test, and for a process with the returned folder on its path."""
+    from qhub.integrations.transformers import register
+    from qhub.registry import registry
+
+    loaded, modules = dict(registry._loaded), set(sys.modules)
+    monkeypatch.setattr(register, "_joined", set(register._joined))
+    for table in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        monkeypatch.setattr(auto, table, dict(getattr(auto, table)))
 
     def make(name: str, modules: dict[str, str], entries: str = "", requires: str = "") -> Path:
         site = tmp_path / "site"
         info = site / f"{name.replace('-', '_')}-1.2.dist-info"
         info.mkdir(parents=True)
         wanted = f"Requires-Dist: {requires}\n" if requires else ""
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nSummary: About {name}\n{wanted}")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\nSummary: About {name}\n{wanted}"
+        )
         (info / "entry_points.txt").write_text(entries)
         for file, source in modules.items():
             (site / file).parent.mkdir(parents=True, exist_ok=True)
             (site / file).write_text(source)
+        monkeypatch.syspath_prepend(site)
+        registry.refresh()
         return site
 
-    return make
+    yield make
+    for group, name in set(registry._loaded) - set(loaded):
+        registry.unregister(name, group)
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    monkeypatch.undo()
+    registry.refresh()
 
 
 @pytest.fixture

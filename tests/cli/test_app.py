@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import qhub
+from qhub.errors import UnknownMethodError
 
 GREETER = """
 from qhub import hookimpl
@@ -60,43 +61,49 @@ def test_wrong_usage_is_2_and_silent_on_stdout(run, arguments):
     assert result.stdout == "" and "Error" in result.stderr
 
 
-def test_plugins_add_commands(process, install):
-    site = install("greeter", {"greeter.py": GREETER}, "[qhub.plugins]\ngreeting = greeter\n")
-    done = process("greet", "you", site=site)
-    assert (done.returncode, done.stdout) == (0, "hello you\n")
-    shown = process("--help", site=site)
+def test_plugins_add_commands(run, install):
+    install("greeter", {"greeter.py": GREETER}, "[qhub.plugins]\ngreeting = greeter\n")
+    done = run("greet", "you")
+    assert (done.exit_code, done.stdout) == (0, "hello you\n")
+    shown = run("--help")
     assert "Greet somebody." in shown.stdout
     assert "warning: the plugin 'greeting' brings a command 'list', a name that is taken: left out" in shown.stderr
-    assert "not the real one" not in process("list", site=site).stdout
+    assert "not the real one" not in run("list").stdout
 
 
-def test_a_broken_plugin_does_not_take_the_others_down(process, install):
-    install("broken", {"broken.py": "1/0  # qhub_commands"}, "[qhub.kernels]\nbroken = broken\n")
-    site = install("greeter", {"greeter.py": GREETER}, "[qhub.plugins]\ngreeting = greeter\n")
-    done = process("greet", "you", site=site)
-    assert (done.returncode, done.stdout) == (0, "hello you\n")
+def test_a_broken_plugin_does_not_take_the_others_down(run, install):
+    install("broken", {"broken.py": "1/0  # qhub_commands"}, "[qhub.plugins]\nbroken = broken\n")
+    install("greeter", {"greeter.py": GREETER}, "[qhub.plugins]\ngreeting = greeter\n")
+    done = run("greet", "you")
+    assert (done.exit_code, done.stdout) == (0, "hello you\n")
     assert "warning: qhub goes on without the plugin 'broken'" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("target", ["quiet", "quiet_package.inner", "quiet_folder.inner"])
-def test_a_plugin_without_commands_is_not_imported_for_help(process, install, target):
+def test_a_plugin_without_commands_is_not_imported_for_help(run, install, target):
     modules = {f"{target.replace('.', '/')}{'/__init__' if 'folder' in target else ''}.py": MARKED}
     if "." in target:
         modules[f"{target.partition('.')[0]}/__init__.py"] = MARKED
     site = install("quiet", modules, f"[qhub.plugins]\nquiet = {target}\n")
-    assert process("--help", site=site).returncode == 0
+    assert run("--help").exit_code == 0
     assert not list(site.rglob("imported"))
-    assert process("list", "--abilities", site=site).returncode == 1, "it is imported when it is asked for"
-    assert list(site.rglob("imported"))
+    run("list", "--abilities")
+    assert list(site.rglob("imported")), "it is imported when it is asked for"
 
 
-def test_errors_are_one_line(process, tmp_path):
+def test_errors_are_one_line(run, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "nosuch"}}')
-    done = process("inspect", tmp_path, "--json")
-    assert done.returncode == 1
+    done = run("inspect", tmp_path, "--json")
+    assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: this checkpoint is quantized with 'nosuch'") and "pip install qhub-nosuch" in line
     assert json.loads(done.stdout)["error"] == {"type": "UnknownMethodError", "message": line.removeprefix("error: ")}
-    traced = process("inspect", tmp_path, QHUB_TRACEBACK="1")
-    assert traced.returncode == 1 and traced.stdout == "" and "Traceback" in traced.stderr
+    monkeypatch.setenv("QHUB_TRACEBACK", "1")
+    with pytest.raises(UnknownMethodError):
+        run("inspect", tmp_path)
+
+
+def test_a_process_of_its_own(process, tmp_path):
+    done = process("inspect", tmp_path / "nowhere", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no folder" in done.stderr and "Traceback" not in done.stderr

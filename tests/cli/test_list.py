@@ -32,36 +32,37 @@ def test_abilities_of_a_method(as_json, run):
     assert "quantize, load" in shown
 
 
-def test_abilities_say_what_is_taken_over_and_what_is_handed_back(process, install):
+def test_abilities_say_what_is_taken_over_and_what_is_handed_back(as_json, install, monkeypatch):
     plugin = (
         "from qhub import ConfigSpec, hookimpl\n"
         "@hookimpl\n"
         "def qhub_config():\n"
-        "    return ConfigSpec(cls='transformers:EetqConfig', presets={'usual': {}, 'other': {}})\n"
+        "    return ConfigSpec(cls='transformers:QuarkConfig', presets={'usual': {}, 'other': {}})\n"
         "@hookimpl\n"
         "def qhub_format(config): ...\n"
     )
-    site = install("qhub-eetq", {"eetq_plugin.py": plugin}, "[qhub.plugins]\neetq = eetq_plugin\n")
-    row = by_name(json.loads(process("list", "-a", "--json", site=site, QHUB_DISABLE="other").stdout)["methods"])["eetq"]
+    # A method of transformers' own that no plugin of this repository serves.
+    install("qhub-quark", {"quark_plugin.py": plugin}, "[qhub.plugins]\nquark = quark_plugin\n")
+    monkeypatch.setenv("QHUB_NATIVE", "quark")
+    assert by_name(as_json("list", "-a")["methods"])["quark"]["served"] == "transformers"
+    monkeypatch.delenv("QHUB_NATIVE")
+    row = by_name(as_json("list", "-a")["methods"])["quark"]
     assert (row["quantizes"], row["loads"]) == (False, True)
     assert row["presets"] == ["usual", "other"]
     assert row["served"] == "the plugin, in transformers' place"
-    native = json.loads(process("list", "-a", "--json", site=site, QHUB_NATIVE="eetq").stdout)
-    assert by_name(native["methods"])["eetq"]["served"] == "transformers"
 
 
-def test_broken_clashing_and_disabled_plugins_are_named(process, install):
+def test_broken_clashing_and_disabled_plugins_are_named(as_json, run, install, monkeypatch):
     install("first", {"good.py": ""}, "[qhub.plugins]\nboth = good\n")
     install("second", {}, "[qhub.plugins]\nboth = good\n")
-    site = install("third", {"bad.py": "1/0"}, "[qhub.plugins]\nbad = bad\n[qhub.kernels]\nbadk = bad\n")
-    done = process("list", "-a", "--json", site=site, QHUB_DISABLE="pow2")
-    assert done.returncode == 1
-    data = json.loads(done.stdout)
+    install("third", {"bad.py": "1/0"}, "[qhub.plugins]\nbad = bad\n[qhub.kernels]\nbadk = bad\n")
+    monkeypatch.setenv("QHUB_DISABLE", "pow2")
+    data = as_json("list", "-a", code=1)
     methods = by_name(data["methods"])
     assert "ZeroDivisionError" in methods["bad"]["failure"] and "third" in methods["bad"]["failure"]
     assert sorted([methods["both"]["package"], *methods["both"]["clash"]]) == ["first", "second"]
     assert "ZeroDivisionError" in by_name(data["kernels"])["badk"]["failure"]
     assert data["disabled"] == ["pow2"] and "pow2" not in methods
-    shown = process("list", site=site, QHUB_DISABLE="pow2")
-    assert shown.returncode == 1 and "both cannot be used: it is announced by" in shown.stdout
+    shown = run("list")
+    assert shown.exit_code == 1 and "both cannot be used: it is announced by" in shown.stdout
     assert "turned off by QHUB_DISABLE: pow2" in shown.stdout

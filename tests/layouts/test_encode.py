@@ -200,6 +200,37 @@ def test_sum_of_codebooks_never_gets_worse(name: str) -> None:
     assert _error(layout, layout.requantize(weight, scrambled, "keep"), weight) < _error(layout, scrambled, weight)
 
 
+@pytest.mark.parametrize("name", SUMS)
+def test_sum_of_codebooks_is_nearer_than_the_greedy_one(name: str) -> None:
+    layout, parts, *_ = case(name)
+    weight = _random_weight(name, amplitude=1.0)
+    books, scales = parts["codebooks"].double().numpy(), parts["scales"].double().numpy()
+    _, _, out_group, in_group = books.shape
+    n, k = weight.shape
+    blocks = (weight.double().numpy().reshape(n // out_group, out_group, k) / scales[:, :, None]).reshape(
+        n // out_group, out_group, k // in_group, in_group
+    )
+    left = blocks.transpose(0, 2, 1, 3).reshape(-1, out_group * in_group)
+    for book in books.reshape(books.shape[0], -1, out_group * in_group):
+        left = left - book[((left[:, None] - book[None]) ** 2).sum(-1).argmin(1)]
+    greedy = (left.reshape(n // out_group, -1) ** 2).sum(1) @ scales[:, 0] ** 2
+    found = (layout.dequantize(layout.requantize(weight, parts, "keep")).double() - weight).square().sum()
+    # The descent takes 3 to 9 % off on random codebooks (see _SWEEPS); 1 % tells it from none.
+    assert float(found) < 0.99 * greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "low", "high"),
+    [("q4_k", "scales", 0, 63), ("q4_k", "zeros", 0, 63), ("iq4_xs", "scales", -32, 31)],
+)
+def test_second_level_codes_keep_to_their_bits(name: str, part: str, low: int, high: int) -> None:
+    """A K-quant has 6 bits to store them in, whatever the byte in memory could hold; the largest is used."""
+    layout, parts, *_ = case(name)
+    codes = layout.requantize(_random_weight(name), parts, "refit")[part]
+    assert int(codes.min()) >= low
+    assert int(codes.max()) == high
+
+
 def test_scale_of_zero_is_survived() -> None:
     """A feature that an input scale switches off stays off, and does not spoil the others through a division by 0."""
     layout, parts, *_ = case("quip_e8p12")
@@ -208,5 +239,6 @@ def test_scale_of_zero_is_survived() -> None:
     weight = layout.dequantize(parts)
     assert not weight[:, 3].any()
     written = layout.requantize(weight, parts, "keep")
-    assert torch.equal(layout.dequantize(written)[:, 3], weight[:, 3])
-    assert bool(torch.isfinite(layout.dequantize(written)).all())
+    assert not layout.dequantize(written)[:, 3].any()
+    # What the lost column contributed to every rotated one is lost: one part in 64, that is 1/8 in the norm.
+    assert _error(layout, written, weight) < 0.25

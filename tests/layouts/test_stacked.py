@@ -12,7 +12,12 @@ from qhub.tensor import QuantizedTensor
 from .cases import case
 
 # Codebooks of their own, groups with members in every row, a rotation of the output, and two different layouts.
-PAIRS = [("aqlm_2x8", "aqlm_2x8"), ("hqq4_axis0", "hqq4_axis0"), ("quip_e8p12", "quip_e8p12"), ("hqq4_axis0", "aqlm_2x8")]
+PAIRS = [
+    ("aqlm_2x8", "aqlm_2x8"),
+    ("hqq4_axis0", "hqq4_axis0"),
+    ("quip_e8p12", "quip_e8p12"),
+    ("quip_e8p12", "aqlm_2x8"),
+]
 
 
 def _pair(names: tuple[str, str], batch: int = 0) -> list[QuantizedTensor]:

@@ -71,6 +71,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def golden_cases() -> dict[str, Case]:
+    """Return every known answer."""
+    return GOLDEN
+
+
+@pytest.fixture
 def twelve_bits() -> Case:
     """Return a layer with one codebook of 12 bits, whose int16 codes can point outside it."""
     return GOLDEN["1x12"]

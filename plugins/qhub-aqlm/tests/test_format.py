@@ -109,12 +109,13 @@ def test_entries_that_cannot_be_are_refused(twelve_bits: Any, name: str) -> None
         AqlmFormat().unpack(twelve_bits.layout, entries)
 
 
-def test_what_is_written_is_what_the_installed_aqlm_dequantizes(golden: Any) -> None:
+def test_what_is_written_is_what_the_installed_aqlm_dequantizes(golden_cases: dict[str, Any]) -> None:
     """Runs where aqlm is installed."""
     utils = pytest.importorskip("aqlm.utils")
-    fmt = AqlmFormat()
-    layout, parts = fmt.unpack(golden.layout, golden.entries)
-    written = fmt.pack(layout, parts, torch.float16)
-    codes = utils.unpack_int_data(written["codes"], golden.config.nbits_per_codebook)
-    dense = utils._dequantize_weight(codes, written["codebooks"].float(), written["scales"].float())
-    assert torch.equal(dense, golden.dequantized)
+    for name, golden in golden_cases.items():
+        fmt = AqlmFormat()
+        layout, parts = fmt.unpack(golden.layout, golden.entries)
+        written = fmt.pack(layout, parts, torch.float16)
+        codes = utils.unpack_int_data(written["codes"], golden.config.nbits_per_codebook)
+        dense = utils._dequantize_weight(codes, written["codebooks"].float(), written["scales"].float())
+        assert torch.equal(dense, golden.dequantized), name

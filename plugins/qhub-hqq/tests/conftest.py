@@ -51,7 +51,7 @@ def _golden() -> dict[str, Case]:
     tensors = load_file(DATA / "golden.safetensors")
     cases = {}
     for name, params in described.items():
-        entries, weight = _group(tensors, name), tensors[f"weight.{params.pop('dtype')}"]
+        entries, weight = _group(tensors, name), tensors[f"weight.{params.pop('weight')}"]
         label = "-".join(f"{key}={value}" for key, value in params.items() if key in ("nbits", "axis", "group_size"))
         cases[f"{name}-{label}"] = Case(Settings(**params), entries, entries.pop("dequantized"), weight)
     return cases

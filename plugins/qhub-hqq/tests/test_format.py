@@ -100,7 +100,7 @@ HOSTILE: dict[str, tuple[str, Tensor | None, str]] = {
     "offloaded": ("offload_meta", _number(1, torch.uint8), "offload_meta"),
     "other packing": ("packing", torch.tensor(list(b"2bit_u8"), dtype=torch.uint8), "packing"),
     "code as dtype": ("unpack_view_dtype", torch.tensor(list(b"exit()"), dtype=torch.uint8), "unpack_view_dtype"),
-    "long string": ("packing", torch.zeros(1 << 20, dtype=torch.uint8), "packing"),
+    "long string": ("packing", torch.zeros(1 << 20, dtype=torch.uint8), "up to 32 ASCII codes"),
     "short codes": ("W_q", torch.zeros(32, 64, dtype=torch.uint8), "'W_q'"),
     "flat codes": ("W_q", torch.zeros(64 * 64, dtype=torch.uint8), "'W_q'"),
     "wide codes": ("W_q", torch.zeros(64, 64, dtype=torch.int32), "'W_q'"),

@@ -152,7 +152,8 @@ class PluginQuantizer(HfQuantizer):
                 f"{spec.offload_skip}: device_map puts it on {'/'.join(sorted({str(device_map[a]) for a in away}))}",
             )
         for name, info in self._weights.items():
-            pattern = matches(info.module, patterns)
+            # Fused experts are parameters of their own: a pattern may name them, or the module that holds them.
+            pattern = matches(info.module, patterns) or matches(name.removesuffix(".weight"), patterns)
             if pattern is not None:
                 self.skipped[name] = patterns[pattern]
 

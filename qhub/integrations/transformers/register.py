@@ -76,6 +76,11 @@ def _refuse_unknown(auto: Any) -> None:
         values = values if isinstance(values, dict) else values.to_dict()
         method = str(values.get("quant_method") or "")
         if method and not any(method + suffix in auto.AUTO_QUANTIZATION_CONFIG_MAPPING for suffix in _SUFFIXES):
+            if method in registry.disabled():
+                raise UnknownMethodError(
+                    f"this checkpoint is quantized with {method!r}, and QHUB_DISABLE={os.environ['QHUB_DISABLE']} turns that plugin "
+                    "off. Loading it would give random weights. Take the name out of QHUB_DISABLE"
+                )
             installed = ", ".join(registry.list()) or "none"
             raise UnknownMethodError(
                 f"this checkpoint is quantized with {method!r}, which neither transformers nor an installed plugin serves "

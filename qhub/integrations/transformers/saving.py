@@ -45,12 +45,16 @@ def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> di
             state[name] = value
     state = remove_tied_weights_from_state_dict(state, model)
     result = host.revert_weight_conversion(model, state) if original_names else state
+    written: set[int] = set()
     for name, weight in quantized.items():
         for prefix, matrix in _matrices(model, name, weight, original_names).items():
             if matrix.transposed:
                 matrix = matrix.t()
             for local, entry in fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype).items():
-                result[f"{prefix}.{local}"] = entry
+                # A table that many matrices share is one tensor in memory; safetensors wants each on its own.
+                storage = entry.untyped_storage().data_ptr()
+                result[f"{prefix}.{local}"] = entry.clone() if storage in written else entry
+                written.add(storage)
     return result
 
 

@@ -1,8 +1,10 @@
 """The qhub plugin of the method ``aqlm``: loads and runs additive quantization, without the aqlm package.
 
-config.py  which values of transformers' AqlmConfig are offered
-plan.py    the layout of each layer, and what a merge costs
-format.py  aqlm's checkpoint entries
+Files::
+
+    config.py  which values of transformers' AqlmConfig are offered
+    plan.py    the layout of each layer, and what a merge costs
+    format.py  aqlm's checkpoint entries
 """
 
 from __future__ import annotations

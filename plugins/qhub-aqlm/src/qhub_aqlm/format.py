@@ -1,8 +1,10 @@
-"""aqlm's checkpoint entries: codes, codebooks, scales. Source: aqlm 1.1.7, ``QuantizedLinear`` (aqlm/inference.py).
+"""aqlm's checkpoint entries: codes, codebooks, scales.
 
-codes      (N/out_group, K/in_group, C) int8 up to 8 bits, else int16: two's complement of the code (aqlm/utils.py)
-codebooks  (C, 2**nbits, out_group, in_group) float
-scales     (N/out_group, 1, 1, 1) float
+Source: aqlm 1.1.7, ``QuantizedLinear`` (aqlm/inference.py); two's complement, ``pack_int_data`` (aqlm/utils.py)::
+
+    codes      (N/out_group, K/in_group, C) int8 up to 8 bits, else int16: two's complement of the code
+    codebooks  (C, 2**nbits, out_group, in_group) float
+    scales     (N/out_group, 1, 1, 1) float
 """
 
 from __future__ import annotations
@@ -56,9 +58,10 @@ class AqlmFormat(Format):
                 raise LayoutError(f"an aqlm weight needs the entries {sorted(self.names)}; {name!r} is missing")
             found = entries[name]
             if tuple(found.shape) != entry.shape or found.dtype not in entry.dtypes:
+                wanted = " or ".join(map(str, entry.dtypes))
                 raise LayoutError(
-                    f"entry {name!r} is {found.dtype} {tuple(found.shape)}, expected {' or '.join(map(str, entry.dtypes))} "
-                    f"{entry.shape} for {len(layout.nbits)} codebooks of {layout.nbits[0]} bits"
+                    f"entry {name!r} is {found.dtype} {tuple(found.shape)}, expected {wanted} {entry.shape} for "
+                    f"{len(layout.nbits)} codebooks of {layout.nbits[0]} bits"
                 )
         parts = {
             "codes": entries["codes"],

@@ -55,5 +55,14 @@ def layout_of(config: Any, weight: WeightInfo) -> Codebook:
 
 
 def merge_policy() -> AdapterPolicy:
-    """Return how an update is written: nearest vectors of the codebooks that are there, scales kept or refitted."""
+    """Return how an update is written: nearest vectors of the codebooks that are there, scales kept or refitted.
+
+    The codebooks were fitted to the old weight, so little of an update arrives. Measured on a 2x8 model (7 layers of a
+    tiny Llama, random rank-8 updates), what is lost as relative error of the weight with the update in it::
+
+        update    1 %    3 %    10 %   30 %
+        lost      1.0    3.0    9.7    22.4 %
+
+    An update of some percent, which is what fine-tuning gives, is lost altogether: keep such an adapter unmerged.
+    """
     return AdapterPolicy(grid="best")

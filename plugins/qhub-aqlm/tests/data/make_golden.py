@@ -2,9 +2,9 @@
 
     python make_golden.py
 
-Keys: ``<case>.codes``, ``.codebooks``, ``.scales`` the entries of ``QuantizedLinear.state_dict()``; ``<case>.dequantized``
-what ``aqlm.utils._dequantize_weight`` returns for them in float32. The header's metadata hold each case's settings as
-JSON. The codes are random: this is about the format, not about a model.
+Keys: ``<case>.codes``, ``.codebooks``, ``.scales`` the entries of ``QuantizedLinear.state_dict()``;
+``<case>.dequantized`` what ``aqlm.utils._dequantize_weight`` returns for them in float32. The header's metadata hold
+each case's settings as JSON. The codes are random: this is about the format, not about a model.
 """
 
 import json

@@ -78,7 +78,8 @@ def quantize_scales(absmax: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]
     Returns codes (count,) uint8, absmax (ceil(count/group),) float32 and the offset () float32. The mean is taken
     off first (the offset); ``dynamic_map()[code] * absmax[i // group] + offset`` restores a value. On a CPU the
     codes are those of bitsandbytes' CPU library, which rounds to a grid of 65,536 steps before it looks up the
-    nearest entry; on other devices they are the nearest entries, as its GPU kernels choose them.
+    nearest entry; on other devices they are the nearest entries, as its own torch code chooses them
+    (``backends/default/ops.py``, ``quantize_blockwise``).
     """
     offset = absmax.mean()
     centred = absmax - offset

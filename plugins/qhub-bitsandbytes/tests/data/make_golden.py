@@ -5,8 +5,8 @@ Run it where bitsandbytes is installed (0.50.2 wrote the committed file)::
     python make_golden.py [golden.safetensors]
 
 ``input/<dtype>/<shape>`` is a weight. A case ``<settings>/<shape>/`` holds its entries under their own names; settings
-are ``int8-<dtype>`` or ``<quant type>-<dtype>-<storage>[-nested]``, where dtype is the weight's. ``scales/`` holds values
-and what ``quantize_blockwise`` makes of them.
+are ``int8-<dtype>`` or ``<quant type>-<dtype>-<storage>[-nested]``, where dtype is the weight's. ``scales/`` holds
+values and what ``quantize_blockwise`` makes of them.
 """
 
 import sys

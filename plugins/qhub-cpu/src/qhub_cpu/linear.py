@@ -33,13 +33,17 @@ def few_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | No
     """
     if layout.transforms:
         return _transformed(few_rows, x, layout, parts, bias)
-    plan = plan_of(layout, parts)
+    plan, taken, _kept = plan_of(layout, parts)
     body = plan.bodies.get(None)
     if body is None:
         body = plan.bodies[None] = product(plan.variant).address
-    y = torch.empty((x.shape[0], layout.out_features), dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
-    _launch(plan, body, x, y, bias, parts, 0, layout.out_features, x.shape[0] * layout.in_features)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    m, n, half = x.shape[0], layout.out_features, x.dtype is torch.float16
+    y = torch.empty((m, n), dtype=torch.float32) if half else x.new_empty(m, n)
+    kind = FLOAT_KINDS[x.dtype]
+    added = (0, NONE) if bias is None else (bias.data_ptr(), FLOAT_KINDS[bias.dtype])
+    given = (m, x.data_ptr(), kind, y.data_ptr(), F32 if half else kind, *added, *taken)
+    _launch(plan, body, 0, n, m * layout.in_features, given)
+    return y.to(x.dtype) if half else y
 
 
 def many_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +53,7 @@ def many_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | N
     """
     if layout.transforms:
         return _transformed(many_rows, x, layout, parts, bias)
-    plan = plan_of(layout, parts)
+    plan, taken, _kept = plan_of(layout, parts)
     dtype = x.dtype
     if layout.activation.kind == "int8":
         x = _rounded(x, layout.activation.threshold)
@@ -62,14 +66,16 @@ def many_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | N
     height = max(1, _PANEL // (k * x.element_size()))
     if height >= n:
         weight = torch.empty((n, k), dtype=x.dtype)
-        _launch(plan, body, None, weight, None, parts, 0, n, k)
+        _launch(plan, body, 0, n, k, (0, 0, F32, weight.data_ptr(), kind, 0, NONE, *taken))
         return torch.nn.functional.linear(x, weight, bias).to(dtype)
     y = torch.empty((x.shape[0], n), dtype=dtype)
     panel = torch.empty((height, k), dtype=x.dtype)
     for first in range(0, n, height):
         last = min(first + height, n)
         weight = panel[: last - first]
-        _launch(plan, body, None, weight, None, parts, first, last, k)
+        # The code counts rows from the first of the matrix.
+        target = panel.data_ptr() - first * k * panel.element_size()
+        _launch(plan, body, first, last, k, (0, 0, F32, target, kind, 0, NONE, *taken))
         y[:, first:last] = torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last])
     return y
 
@@ -100,38 +106,15 @@ def _without_transforms(layout: Affine | Lookup) -> Affine | Lookup:
     return dataclasses.replace(layout, transforms=())
 
 
-def _launch(
-    plan: Plan,
-    body: int,
-    x: Tensor | None,
-    out: Tensor,
-    bias: Tensor | None,
-    parts: Parts,
-    first: int,
-    last: int,
-    work: int,
-) -> None:
-    """Run ``body`` on rows [first, last) of W; ``out``: the product, or those rows decoded; ``work``: what one row costs."""
-    # The list keeps copies of strided parts alive until the threads are done.
-    kept = [part if part.is_contiguous() else part.contiguous() for part in parts.values()]
-    address = {name: part.data_ptr() for name, part in zip(parts, kept, strict=True)}
-    companions = [address[name] if isinstance(name, str) else name for name in plan.companions]
-    target = out.data_ptr()
-    if x is None:
-        given = (0, 0, F32)
-        # The code counts rows from the first of the matrix.
-        target -= first * out.stride(0) * out.element_size()
-    else:
-        given = (x.shape[0], x.data_ptr(), FLOAT_KINDS[x.dtype])
-    added = (0, NONE) if bias is None else (bias.data_ptr(), FLOAT_KINDS[bias.dtype])
-    fixed = (*given, target, FLOAT_KINDS[out.dtype], *added, address["qweight"], address.get("table", 0), *companions)
+def _launch(plan: Plan, body: int, first: int, last: int, work: int, given: tuple[int, ...]) -> None:
+    """Run ``body`` on rows [first, last) of W, each of which costs ``work``; ``given``: the entry point's arguments from M on."""
     threads = min(torch.get_num_threads(), (last - first) * work // _GRAIN, last - first)
     run = launcher()
     if threads <= 1:
-        run(plan.address, body, 0, 0, 0, 1, first, last, *fixed)
+        run(plan.address, body, 0, 0, 0, 1, first, last, *given)
         return
     runtime = openmp()
     if runtime is not None:
-        run(plan.address, body, runtime.fork, runtime.thread, runtime.count, threads, first, last, *fixed)
+        run(plan.address, body, runtime.fork, runtime.thread, runtime.count, threads, first, last, *given)
     else:
-        share_out(lambda start, stop: run(plan.address, body, 0, 0, 0, 1, start, stop, *fixed), last - first, threads)
+        share_out(lambda start, stop: run(plan.address, body, 0, 0, 0, 1, start, stop, *given), last - first, threads)

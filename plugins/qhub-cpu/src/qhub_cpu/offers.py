@@ -7,7 +7,7 @@ from qhub.kernels import KernelSpec
 __all__ = ["FEW", "offers"]
 
 # Rows of x up to which reading codes anew for every four rows beats decoding the matrix once and leaving it to torch.
-FEW = 16
+FEW = 8
 
 
 def offers() -> list[KernelSpec]:

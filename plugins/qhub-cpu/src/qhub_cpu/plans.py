@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +26,27 @@ _MODES = {"constant": CONSTANT, "value": VALUE, "offset": OFFSET}
 class Plan:
     """Is the answer for one layout and the dtypes of its tensors.
 
-    ``variant``: what to compile for. ``block``: the argument block (WORDS,) int64, unchanging words filled in. ``address``: of its
-    memory. ``companions``: what goes into the words of scales and zeros: the name of a part whose address it is, an address
-    itself, or 0 for none. ``bodies``: addresses of compiled code by float type (None: of the product), filled by :mod:`qhub_cpu.linear`.
+    ``variant``: what to compile for. ``block``: the argument block (WORDS,) int64, unchanging words filled in; ``address``: of its
+    memory. ``tensors``: (place, name, dtype) of the parts whose addresses the entry point takes; ``fixed``: what it takes in the
+    other places. ``bodies``: addresses of compiled code by float type (None: of the product), filled by :mod:`qhub_cpu.linear`.
     """
 
     variant: Variant
     block: np.ndarray
     address: int
-    companions: tuple[str | int, ...]
+    tensors: tuple[tuple[int, str, torch.dtype], ...]
+    fixed: tuple[int, ...]
     bodies: dict[int | None, int] = field(default_factory=dict)
+
+    def addresses(self, parts: Parts) -> list[int] | None:
+        """Return what the entry point takes, for parts of the dtypes of the plan and contiguous; None for others."""
+        taken = list(self.fixed)
+        for place, name, dtype in self.tensors:
+            part = parts[name]
+            if part.dtype is not dtype or not part.is_contiguous():
+                return None
+            taken[place] = part.data_ptr()
+        return taken
 
 
 def group_reason(grid: Grid, in_features: int) -> str | None:
@@ -47,21 +58,35 @@ def group_reason(grid: Grid, in_features: int) -> str | None:
     return None
 
 
-# By identity, because hashing a layout takes longer than a small product; the layout itself keeps its plans alive.
-_plans: dict[int, tuple[weakref.ref, dict[Any, Plan]]] = {}
+class _Known(NamedTuple):
+    layout: weakref.ref
+    plans: dict[tuple[torch.dtype, ...], Plan]
 
 
-def plan_of(layout: Affine | Lookup, parts: Parts) -> Plan:
-    """Return the plan for ``layout`` with tensors of the dtypes of ``parts``; made once."""
-    known = _plans.get(id(layout))
-    if known is None or known[0]() is not layout:
-        key = id(layout)
-        known = _plans[key] = (weakref.ref(layout, lambda _: _plans.pop(key, None)), {})
-    dtypes = tuple([part.dtype for part in parts.values()])
-    plan = known[1].get(dtypes)
-    if plan is None:
-        plan = known[1][dtypes] = _plan(layout, parts)
-    return plan
+# By identity: hashing a layout takes as long as a small product. An entry goes when its layout does.
+_known: dict[int, _Known] = {}
+
+
+def plan_of(layout: Affine | Lookup, parts: Parts) -> tuple[Plan, list[int], Parts]:
+    """Return the plan for ``layout`` and the dtypes of ``parts``, the parts' addresses, and the tensors that these belong to.
+
+    The tensors are ``parts`` themselves, or contiguous copies which the caller keeps until the product is done.
+    """
+    key = id(layout)
+    known = _known.get(key)
+    if known is None or known.layout() is not layout:
+        known = _known[key] = _Known(weakref.ref(layout, lambda _: _known.pop(key, None)), {})
+    for plan in known.plans.values():
+        taken = plan.addresses(parts)
+        if taken is not None:
+            return plan, taken, parts
+    parts = {name: part.contiguous() for name, part in parts.items()}
+    dtypes = tuple(part.dtype for part in parts.values())
+    if dtypes not in known.plans:
+        known.plans[dtypes] = _plan(layout, parts)
+    taken = known.plans[dtypes].addresses(parts)
+    assert taken is not None
+    return known.plans[dtypes], taken, parts
 
 
 def _plan(layout: Affine | Lookup, parts: Parts) -> Plan:
@@ -88,7 +113,10 @@ def _plan(layout: Affine | Lookup, parts: Parts) -> Plan:
     block.view(np.float32)[2 * words.THRESHOLD] = layout.activation.threshold
     block[words.SCALES + 4] = _shift(layout.scales_nested)
     block[words.ZEROS + 4] = _shift(layout.zeros_nested if isinstance(layout, Affine) else None)
-    return Plan(variant, block, block.ctypes.data, (*scale_names, *zero_names))
+    sources = ("qweight", "table" if isinstance(layout, Lookup) else 0, *scale_names, *zero_names)
+    tensors = tuple((place, name, parts[name].dtype) for place, name in enumerate(sources) if isinstance(name, str))
+    fixed = tuple(source if isinstance(source, int) else 0 for source in sources)
+    return Plan(variant, block, block.ctypes.data, tensors, fixed)
 
 
 def _shift(nested: Nested | None) -> int:

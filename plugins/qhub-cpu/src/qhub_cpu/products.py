@@ -70,6 +70,14 @@ def share(block):
 
 
 @device
+def first_scale(block, row):
+    """Return the place of a row's first scale."""
+    height = word(block, GROUP_ROWS)
+    # Divisions take as long as several vectors of weights.
+    return (row if height == 1 else row // height) * word(block, GROUPS)
+
+
+@device
 def pair(address, values, scale, zero, v):
     """Return 32 weights in the order in which the input is laid out."""
     if v.paired:
@@ -79,48 +87,65 @@ def pair(address, values, scale, zero, v):
 
 
 @device
-def dot1(block, row, x, table, memory, v):
-    """Return row ``row`` of W times one row of x."""
+def reach(codes, column, stop, block, memory, v):
+    """Return where the codes of a group's last columns can be read as a whole vector, in place or from a copy."""
+    at = column * v.bits // 8
+    if column + (32 if v.paired else 16) <= stop:
+        return codes + at
+    # The input is zero beyond the last column, so that what is decoded there does not count.
+    return tail(codes + at, word(block, ROW_BYTES) - at, memory)
+
+
+@device
+def dot_pair(block, row, other, x, table, memory, v):
+    """Return rows ``row`` and ``other`` of W times one row of x: two, because they share the loads of x."""
     codes = word(block, CODES) + row * word(block, ROW_BYTES)
+    gap = (other - row) * word(block, ROW_BYTES)
+    index, step = first_scale(block, row), first_scale(block, other) - first_scale(block, row)
     k, group = word(block, K), word(block, GROUP)
-    index = row // word(block, GROUP_ROWS) * word(block, GROUPS)
-    a, b = zero_vector(), zero_vector()
+    a, b, c, d = zero_vector(), zero_vector(), zero_vector(), zero_vector()
     start = 0
     while start < k:
         stop = min(start + group, k)
         scale, zero = quantity(block, SCALES, index, v.scales), quantity(block, ZEROS, index, v.zeros)
         values = group_values(table, scale, zero, v)
+        scale2, zero2 = quantity(block, SCALES, index + step, v.scales), quantity(block, ZEROS, index + step, v.zeros)
+        values2 = group_values(table, scale2, zero2, v)
         column = start
         while column + 32 <= stop:
-            first, second = pair(codes + column * v.bits // 8, values, scale, zero, v)
-            a = fma(first, load_vector(x + 4 * column), a)
-            b = fma(second, load_vector(x + 4 * column + 64), b)
+            address = codes + column * v.bits // 8
+            left, right = load_vector(x + 4 * column), load_vector(x + 4 * column + 64)
+            first, second = pair(address, values, scale, zero, v)
+            a, b = fma(first, left, a), fma(second, right, b)
+            first, second = pair(address + gap, values2, scale2, zero2, v)
+            c, d = fma(first, left, c), fma(second, right, d)
             column += 32
-        if v.paired == 0 and column + 16 <= stop:
-            w = weights16(codes + column * v.bits // 8, values, scale, zero, v)
-            a = fma(w, load_vector(x + 4 * column), a)
-            column += 16
-        if column < stop:
-            # The input is zero beyond the last column, so that what is decoded there does not count.
-            at = column * v.bits // 8
-            short = tail(codes + at, word(block, ROW_BYTES) - at, memory)
+        while column < stop:
+            left = load_vector(x + 4 * column)
+            address = reach(codes, column, stop, block, memory, v)
             if v.paired:
-                first, second = pair(short, values, scale, zero, v)
-                a = fma(first, load_vector(x + 4 * column), a)
-                b = fma(second, load_vector(x + 4 * column + 64), b)
+                right = load_vector(x + 4 * column + 64)
+                first, second = pair(address, values, scale, zero, v)
+                a, b = fma(first, left, a), fma(second, right, b)
+                first, second = pair(reach(codes + gap, column, stop, block, memory, v), values2, scale2, zero2, v)
+                c, d = fma(first, left, c), fma(second, right, d)
+                column += 32
             else:
-                a = fma(weights16(short, values, scale, zero, v), load_vector(x + 4 * column), a)
+                a = fma(weights16(address, values, scale, zero, v), left, a)
+                address = reach(codes + gap, column, stop, block, memory, v)
+                c = fma(weights16(address, values2, scale2, zero2, v), left, c)
+                column += 16
         start = stop
         index += 1
-    return total(add(a, b))
+    return total(add(a, b)), total(add(c, d))
 
 
 @device
-def dot4(block, row, x, gap, table, memory, v):
-    """Return row ``row`` of W times four rows of x, ``gap`` bytes apart."""
+def dot_four(block, row, x, gap, table, memory, v):
+    """Return row ``row`` of W times four rows of x, ``gap`` bytes apart: four, because they share what is decoded."""
     codes = word(block, CODES) + row * word(block, ROW_BYTES)
     k, group = word(block, K), word(block, GROUP)
-    index = row // word(block, GROUP_ROWS) * word(block, GROUPS)
+    index = first_scale(block, row)
     a, b, c, d = zero_vector(), zero_vector(), zero_vector(), zero_vector()
     start = 0
     while start < k:
@@ -129,12 +154,10 @@ def dot4(block, row, x, gap, table, memory, v):
         values = group_values(table, scale, zero, v)
         column = start
         while column < stop:
-            at = column * v.bits // 8
-            wide = v.paired == 1 or column + 32 <= stop
-            address = codes + at
-            if column + (32 if wide else 16) > stop:
-                address = tail(address, word(block, ROW_BYTES) - at, memory)
             here = x + 4 * column
+            wide = v.paired == 1 or column + 32 <= stop
+            whole = column + 32 <= stop
+            address = codes + column * v.bits // 8 if whole else reach(codes, column, stop, block, memory, v)
             if wide:
                 first, second = pair(address, values, scale, zero, v)
                 a = fma(second, load_vector(here + 64), fma(first, load_vector(here), a))
@@ -180,18 +203,21 @@ def product(v: Variant) -> Any:
         if word(block, TABLE) != 0:
             table = table_vector(word(block, TABLE), word(block, TABLE_ENTRIES), memory)
         m, x, gap = word(block, M), word(block, X), 4 * word(block, X_ROW)
-        for row in range(start, stop):
-            i = 0
-            while i + 4 <= m:
-                p, q, r, s = dot4(block, row, x + i * gap, gap, table, memory, v)
+        fours = m - m % 4
+        for row in range(start, stop, 2):
+            # An odd last row is its own partner.
+            other = min(row + 1, stop - 1)
+            for one in range(row, other + 1):
+                for i in range(0, fours, 4):
+                    p, q, r, s = dot_four(block, one, x + i * gap, gap, table, memory, v)
+                    emit(block, i, one, p)
+                    emit(block, i + 1, one, q)
+                    emit(block, i + 2, one, r)
+                    emit(block, i + 3, one, s)
+            for i in range(fours, m):
+                p, q = dot_pair(block, row, other, x + i * gap, table, memory, v)
                 emit(block, i, row, p)
-                emit(block, i + 1, row, q)
-                emit(block, i + 2, row, r)
-                emit(block, i + 3, row, s)
-                i += 4
-            while i < m:
-                emit(block, i, row, dot1(block, row, x + i * gap, table, memory, v))
-                i += 1
+                emit(block, i, other, q)
 
     return multiply
 
@@ -226,7 +252,7 @@ def decoder(v: Variant, kind: int) -> Any:
         for row in range(start, stop):
             codes = word(block, CODES) + row * word(block, ROW_BYTES)
             out = word(block, OUT) + row * k * size
-            index = row // word(block, GROUP_ROWS) * word(block, GROUPS)
+            index = first_scale(block, row)
             begin = 0
             while begin < k:
                 end = min(begin + group, k)

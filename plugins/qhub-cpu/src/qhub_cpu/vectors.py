@@ -105,16 +105,21 @@ def _widen_bf16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16)), _F32)
 
 
-def _bits_of_bf16(builder: Any, value: Any, kind: Any, splat: Callable) -> Any:
-    """Return the upper 16 bits of float32 ``value``, rounded to the nearest, ties to even; NaN stays NaN."""
+def _near_bf16(builder: Any, value: Any, kind: Any, splat: Callable) -> Any:
+    """Return the bits of float32 ``value``, the upper 16 of which are those of the nearest bfloat16, ties to even; no NaN."""
     bits = builder.bitcast(value, kind)
     odd = builder.and_(builder.lshr(bits, splat(16)), splat(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, splat(0x7FFF)), odd), splat(16))
-    return builder.select(builder.fcmp_unordered("uno", value, value), splat(0x7FC0), rounded)
+    return builder.add(builder.add(bits, splat(0x7FFF)), odd)
 
 
 def _narrow_bf16(builder: Any, value: Any) -> Any:
-    return builder.trunc(_bits_of_bf16(builder, value, _I32, lambda v: ir.Constant(_I32, v)), _I16)
+    bits = builder.lshr(_near_bf16(builder, value, _I32, _int), _int(16))
+    # An output may be NaN where the input is; rounding its bits could make infinity of it.
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), _int(0x7FC0), bits), _I16)
+
+
+def _int(value: int) -> Any:
+    return ir.Constant(_I32, value)
 
 
 def _splat_int(value: int) -> Any:
@@ -122,7 +127,8 @@ def _splat_int(value: int) -> Any:
 
 
 def _narrow_vector_bf16(builder: Any, value: Any) -> Any:
-    return builder.trunc(_bits_of_bf16(builder, value, _VI, _splat_int), ir.VectorType(_I16, LANES))
+    bits = builder.lshr(_near_bf16(builder, value, _VI, _splat_int), _splat_int(16))
+    return builder.trunc(bits, ir.VectorType(_I16, LANES))
 
 
 load_word = _loader(_I64, _same, types.int64, 8)
@@ -167,8 +173,8 @@ def _half_and_back(builder: Any, value: Any) -> Any:
 
 
 def _bf16_and_back(builder: Any, value: Any) -> Any:
-    bits = _bits_of_bf16(builder, value, _VI, _splat_int)
-    return builder.bitcast(builder.shl(bits, _splat_int(16)), _VF)
+    bits = builder.and_(_near_bf16(builder, value, _VI, _splat_int), _splat_int(-65536))
+    return builder.bitcast(bits, _VF)
 
 
 def _total(context: Any, builder: Any, values: Any) -> Any:

@@ -88,15 +88,22 @@ def rounded(value, v):
 
 
 @device
+def near_zero(zero, v):
+    """Return the zero in the float type of the formula."""
+    value = broadcast(zero)
+    return rounded(value, v) if v.zeros.kind != v.rounding else value
+
+
+@device
 def weighed(q, scale, zero, v):
     """Return the weights that the codes ``q`` (as floats) stand for."""
     s = broadcast(scale)
     if v.mode == CONSTANT:
         w = rounded(mul(rounded(sub(q, broadcast(float32(v.zero_point))), v), s), v)
     elif v.mode == VALUE:
-        w = rounded(mul(rounded(sub(q, rounded(broadcast(zero), v)), v), s), v)
+        w = rounded(mul(rounded(sub(q, near_zero(zero, v)), v), s), v)
     else:
-        w = rounded(add(rounded(mul(q, s), v), rounded(broadcast(zero), v)), v)
+        w = rounded(add(rounded(mul(q, s), v), near_zero(zero, v)), v)
     return rounded(mul(w, broadcast(float32(v.unit))), v) if v.unit != 1.0 else w
 
 

@@ -1,11 +1,13 @@
 """The qhub plugin of the method ``hqq``: half-quadratic quantization, without the hqq package.
 
-settings.py  what a config says of one layer, and the layout that follows
-config.py    transformers' HqqConfig: what it may hold (initialize.py, hqq_config.py: made without the hqq package)
-plan.py      which layer gets which settings
-solver.py    the numbers
-slabs.py     hqq's packing
-format.py    hqq's checkpoint entries
+Files::
+
+    settings.py  what a config says of one layer, and the layout that follows
+    config.py    transformers' HqqConfig: what it may hold (initialize.py, hqq_config.py: made without the hqq package)
+    plan.py      which layer gets which settings
+    solver.py    the numbers
+    slabs.py     hqq's packing
+    format.py    hqq's checkpoint entries
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python make_golden.py
 
-Keys: ``weight.<dtype>`` the dense weights; ``<case>.<entry>`` the entries of ``HQQLinear.state_dict()``;
+Keys: ``weight.<name>`` the dense weights; ``<case>.<entry>`` the entries of ``HQQLinear.state_dict()``;
 ``<case>.dequantized`` what ``HQQLinear.dequantize()`` returns. The header's metadata hold each case's settings as JSON.
 """
 
@@ -13,7 +13,7 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from safetensors.torch import save_file
 
-N, K = 40, 64
+N, K, SEED = 40, 64, 6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,7 +24,11 @@ def weights() -> dict[str, torch.Tensor]:
     dense[1] = 0.0  # a constant group: hqq gives it the scale 1
     dense[2] = 0.25
     dense[3, 1:] = 0.0
-    return {name: dense.to(dtype) for name, dtype in DTYPES.items()}
+    dense[4] = 0.1 + torch.arange(K) * 1e-6  # narrower than the 1e-4 below which hqq takes a group for constant
+    # Heavy tails in 1 bit: the error falls in each of the solver's 20 iterations.
+    generator = torch.Generator().manual_seed(SEED)
+    tails = torch.randn(N, K, generator=generator) / (torch.rand(N, K, generator=generator) + 0.05) * 0.05
+    return {"tails": tails, **{name: dense.to(dtype) for name, dtype in DTYPES.items()}}
 
 
 def cases() -> list[dict]:
@@ -40,6 +44,7 @@ def cases() -> list[dict]:
     listed.append({"nbits": 4, "axis": 0, "group_size": 32, "dtype": "float32", "round_zero": False})
     listed.append({"nbits": 2, "axis": 1, "group_size": 32, "dtype": "float32", "round_zero": True})
     listed.append({"nbits": 8, "axis": 1, "group_size": 64, "dtype": "float32", "channel_wise": False})
+    listed += [{"nbits": 1, "axis": axis, "group_size": 64, "dtype": "float32", "weight": "tails"} for axis in (0, 1)]
     return listed
 
 
@@ -52,10 +57,11 @@ def main() -> None:
         params = values["weight_quant_params"]
         params.update({k: v for k, v in case.items() if k in params})
         layer = torch.nn.Linear(K, N, bias=False)
-        layer.weight.data = dense[case["dtype"]].clone()
+        weight = case.get("weight", case["dtype"])
+        layer.weight.data = dense[weight].clone()
         quantized = HQQLinear(layer, values, compute_dtype=DTYPES[case["dtype"]], device="cpu")
         name = f"case{index}"
-        described[name] = {**params, "dtype": case["dtype"]}
+        described[name] = {**params, "weight": weight}
         for entry, value in quantized.state_dict().items():
             tensors[f"{name}.{entry}"] = value.detach().clone()
         tensors[f"{name}.dequantized"] = quantized.dequantize().detach().clone()
