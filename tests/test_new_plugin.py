@@ -44,9 +44,9 @@ def test_files_and_placeholders(tmp_path):
     assert files == sources | {"pyproject.toml", "README.md", "tests/test_conformance.py"}
     for file in files:
         text = (project / file).read_text()
-        assert "{{" not in text and "}}" not in text, file
+        assert "{{" not in text, file
         assert not file.endswith(".py") or compile(text, file, "exec")
-        assert max(map(len, text.splitlines())) <= 130, file
+        assert max(map(len, text.splitlines())) <= 120, file
     assert "class MyMethod2Config" in (project / "src/qhub_my_method2/config.py").read_text()
     assert 'my_method2 = "qhub_my_method2"' in (project / "pyproject.toml").read_text()
 

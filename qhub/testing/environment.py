@@ -1,4 +1,4 @@
-"""Makes a fresh virtual environment that sees this one's packages: where a plugin is tried as its users will install it.
+"""Makes a fresh virtual environment that sees this one's packages: a plugin is tried there as its users install it.
 
 Nothing is downloaded. Packages are shown through links, so that some can be hidden.
 """

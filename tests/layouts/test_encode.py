@@ -189,6 +189,17 @@ def test_batch_is_written_matrix_by_matrix(name: str, policy: str) -> None:
         assert torch.equal(layout.dequantize(written)[index], layout.dequantize(alone))
 
 
+@pytest.mark.parametrize("name", ["nf4_nested", "gptq4_act_order", "aqlm_2x8", "e5m2_rows", "nvfp4"])
+def test_best_is_chosen_for_each_matrix_of_a_batch(name: str) -> None:
+    """One expert stays as it is, the other outgrows its scales: only the other gets new ones."""
+    layout, parts, _ = batch(name, 2)
+    weights = torch.stack([layout.dequantize(case(name, 0).parts), _random_weight(name)])
+    written = layout.requantize(weights, parts, "best")
+    assert torch.equal(layout.dequantize(written)[0], weights[0])
+    alone = layout.requantize(weights[1], case(name, 1).parts, "refit")
+    assert torch.equal(layout.dequantize(written)[1], layout.dequantize(alone))
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_sum_of_codebooks_never_gets_worse(name: str) -> None:
     """From its own codes or from none, the search ends no farther away than it began."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhub.tensor import QuantizedTensor
 from qhub.testing.conformance.subject import KitBase, Subject
-from qhub.testing.conformance.workbench import Workbench, matrices_of, quantized_weights
+from qhub.testing.conformance.workbench import Workbench, bands_of, matrices_of, quantized_weights
 
 __all__ = ["NumericsChecks", "allowed_error"]
 
@@ -34,14 +34,15 @@ def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tens
     rows = x.double().norm(dim=1, keepdim=True)
     columns = dense.norm(dim=1)
     # x, W, and the scale within W's formula; three roundings at most, plus those of transforms.
-    roundings = 3 + 2 * len(weight.quant_layout.transforms)
+    transforms = max(len(band.transforms) for _, band in bands_of(weight.quant_layout))
+    roundings = 3 + 2 * transforms
     bound = rows * columns * (roundings * compute + 2 * k * torch.finfo(torch.float32).eps / 2)
     bound = bound + exact.abs() * (compute + output)
     if bias is not None:
         bound = bound + bias.abs() * (compute + output)
     scheme = weight.quant_layout.activation
     # What is rounded is the transformed input, whose largest entry a rotation may raise up to the norm.
-    largest = rows if weight.quant_layout.transforms else x.double().abs().amax(dim=1, keepdim=True)
+    largest = rows if transforms else x.double().abs().amax(dim=1, keepdim=True)
     if scheme.kind == "int8":
         step = largest / 127
         bound = bound + 0.5 * step * dense.abs().sum(dim=1) * (1 + compute)

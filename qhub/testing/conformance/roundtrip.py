@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from qhub.kernels.dispatch import _TOLERANCE as TOLERANCE
+from qhub.layouts import Layout
 from qhub.modules import QuantLinear
 from qhub.testing.conformance.models import INPUT
 from qhub.testing.conformance.processes import run_fresh
 from qhub.testing.conformance.subject import KitBase, Subject
-from qhub.testing.conformance.workbench import Workbench, quantized_weights
+from qhub.testing.conformance.workbench import Workbench, bands_of, quantized_weights
 
 __all__ = ["RoundTripChecks"]
 
@@ -184,9 +185,7 @@ class RoundTripChecks(KitBase):
         """
         model = bench.model(subject)
         for name, weight in quantized_weights(model).items():
-            layout = weight.quant_layout
-            larger = layout.with_rows(2 * layout.out_features).part_specs()
-            growing = [part for part, spec in layout.part_specs().items() if larger[part].shape != spec.shape]
+            growing = [name for prefix, band in bands_of(weight.quant_layout) for name in _growing(prefix, band)]
             packed = sum(weight.parts[part].numel() * weight.parts[part].element_size() for part in growing)
             assert packed < 2 * weight.numel(), (
                 f"{name} takes {packed} bytes, in 16 bits it would take {2 * weight.numel()}"
@@ -212,6 +211,12 @@ class RoundTripChecks(KitBase):
         if not sizes[True]:
             reasons = sorted({r for n, r in model.hf_quantizer.skipped.items() if "experts" in n})
             pytest.skip(f"{self.method} leaves experts dense: {reasons}")
+
+
+def _growing(prefix: str, layout: Layout) -> list[str]:
+    """Return the parts of ``layout`` that are larger for a matrix of more rows, under ``prefix``."""
+    larger = layout.with_rows(2 * layout.out_features).part_specs()
+    return [f"{prefix}{name}" for name, spec in layout.part_specs().items() if larger[name].shape != spec.shape]
 
 
 def _bytes(model: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qhub.formats import Format
+from qhub.layouts import Layout, Stacked
 from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
 from qhub.testing.conformance.models import INPUT, build_config, write_model
@@ -18,7 +19,7 @@ from qhub.testing.conformance.models import INPUT, build_config, write_model
 if TYPE_CHECKING:
     from qhub.testing.conformance.subject import KitBase, Subject
 
-__all__ = ["Workbench", "matrices_of", "quantized_weights"]
+__all__ = ["Workbench", "bands_of", "matrices_of", "quantized_weights"]
 
 # Dense models are the same for all classes of a run.
 _dense: dict[tuple[str, int], Path] = {}
@@ -141,3 +142,12 @@ def matrices_of(weight: QuantizedTensor) -> Iterator[QuantizedTensor]:
             yield from matrices_of(weight[index])  # type: ignore[arg-type]
     else:
         yield weight.t() if weight.transposed else weight  # type: ignore[misc]
+
+
+def bands_of(layout: Layout) -> Iterator[tuple[str, Layout]]:
+    """Yield (prefix of its parts, layout) for each matrix that ``layout`` stacks; itself if it stacks none."""
+    if isinstance(layout, Stacked):
+        for index, band in enumerate(layout.bands):
+            yield f"{index}_", band
+    else:
+        yield "", layout

@@ -1,20 +1,21 @@
 """Lays the input of a product out: float32, rows padded with zeros to whole vectors, columns in the order the weights come.
 
-Also rounds inputs to int8 steps where the layout says so: LLM.int8() (Dettmers et al. 2022, eq. 8) with the conventions of
-:func:`qhub.kernels.reference.linear_int8`. A rounded entry is kept as the float ``code * step`` that it stands for, so that the
-product is the one of any other layout.
+Also rounds inputs to int8 where the layout says so: LLM.int8() (Dettmers et al. 2022, eq. 8) with the conventions of
+:func:`qhub.kernels.reference.linear_int8`. Where the weights are no int8 matrix, a rounded entry is kept as the float
+``code * step`` that it stands for, so that the product is the one of any other layout.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import float32
+from numba import float32, int64
 
 from qhub_cpu.compiled import device
+from qhub_cpu.variants import F32
 from qhub_cpu.vectors import load_f32, load_u8, store_f32, store_u8
 from qhub_cpu.weights import number
 
-__all__ = ["lay_out", "padded", "round_int8"]
+__all__ = ["int8_codes", "lay_out", "padded", "round_int8"]
 
 
 @device
@@ -43,28 +44,63 @@ def lay_out(x, kind, m, k, row, paired, target):
 
 
 @device
-def round_int8(rows, m, row, threshold, columns):
-    """Round ``m`` laid-out rows in place to absmax/127 steps each, columns that reach ``threshold`` left as they are.
+def mark_outliers(x, kind, m, k, row, threshold, columns):
+    """Set the bytes at ``columns`` to 1 for columns that reach ``threshold`` in some row, else to 0; return how many do.
 
-    ``threshold``: 0 rounds all. ``columns``: address of ``row`` bytes to work in. Entries of a left column count as zero
-    for the absmax where they reach the threshold themselves, and count where they do not.
+    Rows are ``row`` numbers apart; a threshold of 0 marks none.
     """
-    for column in range(row):
+    for column in range(k):
         store_u8(columns + column, 0)
-    if threshold > 0:
-        for i in range(m):
-            for column in range(row):
-                if abs(load_f32(rows + 4 * (i * row + column))) >= threshold:
-                    store_u8(columns + column, 1)
+    if threshold <= 0:
+        return 0
     for i in range(m):
-        first = rows + 4 * row * i
-        absmax = float32(0.0)
-        for column in range(row):
-            magnitude = abs(load_f32(first + 4 * column))
-            if threshold <= 0 or magnitude < threshold:
-                absmax = max(absmax, magnitude)
-        step = absmax / float32(127.0) if absmax > 0 else float32(1.0) / float32(127.0)
-        for column in range(row):
+        for column in range(k):
+            if abs(number(x, kind, i * row + column)) >= threshold:
+                store_u8(columns + column, 1)
+    count = 0
+    for column in range(k):
+        count += load_u8(columns + column)
+    return count
+
+
+@device
+def int8_step(x, kind, first, k, threshold):
+    """Return the step of one row, which begins at entry ``first``: absmax/127 of the entries below ``threshold``; 1/127 if all are 0.
+
+    Small entries of an outlier column count for the absmax, though they are not rounded: so it is in the reference.
+    """
+    absmax = float32(0.0)
+    for column in range(k):
+        magnitude = abs(number(x, kind, first + column))
+        if threshold <= 0 or magnitude < threshold:
+            absmax = max(absmax, magnitude)
+    return (absmax if absmax > 0 else float32(1.0)) / float32(127.0)
+
+
+@device
+def round_int8(rows, m, k, threshold, columns):
+    """Round ``m`` rows of ``k`` float32 in place to steps of their own, outlier columns left as they are.
+
+    ``columns``: address of ``k`` bytes to work in. Steps do not depend on the order of the columns, nor on padding with zeros.
+    """
+    mark_outliers(rows, F32, m, k, k, threshold, columns)
+    for i in range(m):
+        step = int8_step(rows, F32, i * k, k, threshold)
+        for column in range(k):
             if load_u8(columns + column) == 0:
-                value = load_f32(first + 4 * column)
-                store_f32(first + 4 * column, float32(np.rint(value / step)) * step)
+                place = rows + 4 * (i * k + column)
+                store_f32(place, float32(np.rint(load_f32(place) / step)) * step)
+
+
+@device
+def int8_codes(x, kind, m, k, threshold, columns, codes, steps):
+    """Write the int8 codes of ``m`` rows and their float32 steps, 0 in outlier columns; return how many columns those are."""
+    count = mark_outliers(x, kind, m, k, k, threshold, columns)
+    for i in range(m):
+        step = int8_step(x, kind, i * k, k, threshold)
+        store_f32(steps + 4 * i, step)
+        for column in range(k):
+            index = i * k + column
+            code = int64(np.rint(number(x, kind, index) / step)) if load_u8(columns + column) == 0 else int64(0)
+            store_u8(codes + index, code)
+    return count

@@ -11,7 +11,7 @@ FEW = 8
 
 
 def offers() -> list[KernelSpec]:
-    """Return four kernels: Affine and Lookup layouts, few and many rows of x."""
+    """Return the kernels for Affine and Lookup layouts, few and many rows of x each, and the one for int8 products."""
     found = []
     for layout, bits in (("affine", frozenset(range(1, 9))), ("lookup", frozenset({1, 2, 3, 4}))):
         for name, most, rank in (("few", FEW, 20), ("many", None, 10)):
@@ -30,4 +30,17 @@ def offers() -> list[KernelSpec]:
                     rank=rank,
                 )
             )
+    found.append(
+        KernelSpec(
+            name="cpu-int8",
+            impl="qhub_cpu.int8:int8_product",
+            layout="affine",
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset({"float32", "bfloat16", "float16"}),
+            bits=frozenset({8}),
+            activations=frozenset({"int8"}),
+            accepts="qhub_cpu.int8:accepts",
+            rank=30,
+        )
+    )
     return found

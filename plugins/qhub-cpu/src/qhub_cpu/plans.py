@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qhub.layouts import Affine, Grid, Lookup, Nested, Parts
+from qhub.layouts import Affine, Lookup, Nested, Parts
 from qhub_cpu import words
 from qhub_cpu.variants import BF16, CONSTANT, F16, F32, I8, LOOKUP, NONE, OFFSET, U8, VALUE, Numbers, Variant
 
-__all__ = ["FLOAT_KINDS", "Plan", "group_reason", "plan_of"]
+__all__ = ["FLOAT_KINDS", "Plan", "plan_of"]
 
 FLOAT_KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 _KINDS = {**FLOAT_KINDS, torch.uint8: U8, torch.int8: I8}
@@ -47,15 +47,6 @@ class Plan:
                 return None
             taken[place] = part.data_ptr()
         return taken
-
-
-def group_reason(grid: Grid, in_features: int) -> str | None:
-    """Return why weights under ``grid`` cannot be read 16 at a time; None when they can."""
-    if grid.kind != "block":
-        return f"reads groups along K, not {grid.kind} ones"
-    if grid.cols % 16 and grid.cols < in_features:
-        return f"needs groups of a multiple of 16 weights, not {grid.cols}"
-    return None
 
 
 class _Known(NamedTuple):

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, register_model
 
 __all__ = [
     "LANES", "add", "broadcast", "call_body", "call_count", "call_fork", "codes1", "codes2", "codes3", "codes4", "codes5", "codes6",
-    "codes7", "codes8", "div", "fma", "high_half", "lanes", "load_bf16", "load_f16", "load_f32", "load_i8", "load_u8", "load_vector",
+    "codes7", "codes8", "div", "fma", "high_half", "lanes", "load_bf16", "load_f16", "load_f32", "load_i32", "load_i8", "load_u8", "load_vector",
     "load_word", "mul", "pick", "round_bf16", "round_f16", "signed8", "stack_memory", "store_bf16", "store_f32", "store_u8",
     "store_vector", "store_vector_bf16", "store_vector_f16", "store_word", "sub", "to_float", "total", "zero_vector", "zip_high",
     "zip_low",
@@ -137,6 +137,7 @@ load_bf16 = _loader(_I16, _widen_bf16, _scalar, 2)
 load_f16 = _loader(_F16, lambda b, v: b.fpext(v, _F32), _scalar, 2)
 load_u8 = _loader(_I8, lambda b, v: b.zext(v, _I64), types.int64, 1)
 load_i8 = _loader(_I8, lambda b, v: b.sext(v, _I64), types.int64, 1)
+load_i32 = _loader(_I32, lambda b, v: b.sext(v, _I64), types.int64, 4)
 load_vector = _loader(_VF, _same, _floats, 4)
 store_word = _storer(_I64, _same, types.int64, 8)
 store_f32 = _storer(_F32, _same, _scalar, 4)
