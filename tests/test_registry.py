@@ -322,7 +322,9 @@ def test_autoload_can_be_turned_off(site):
     assert fresh(program, QHUB_AUTOLOAD="0").splitlines() == ["door_off None", "fp8 transformers", "False"]
 
 
-@pytest.mark.parametrize(("value", "armed"), [("0", False), ("false", False), (" OFF ", False), ("1", True), ("", True)])
+@pytest.mark.parametrize(
+    ("value", "armed"), [("0", False), ("false", False), (" OFF ", False), ("1", True), ("", True)]
+)
 def test_values_of_the_switch(value, armed):
     program = "import sys; from qhub.autoload import arm; arm(); print('wrapt' in sys.modules)"
     assert fresh(program, QHUB_AUTOLOAD=value) == str(armed)

@@ -69,6 +69,15 @@ with torch.no_grad():
 print(json.dumps([losses, same, type(again.model.layers[0].mlp.up_proj.weight).__name__]))
 """
 
+LOAD_WITHOUT = """
+from transformers import AutoModelForCausalLM
+
+try:
+    AutoModelForCausalLM.from_pretrained("quantized")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
@@ -95,7 +104,7 @@ def folder(environment: FreshEnvironment, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_scripts_never_import_qhub():
-    for script in (QUANTIZE, LOAD, LORA):
+    for script in (QUANTIZE, LOAD, LORA, LOAD_WITHOUT):
         assert "qhub" not in script
 
 
@@ -122,9 +131,7 @@ def test_lora_trains_merges_and_reloads(environment, folder):
 
 def test_method_is_gone_without_the_package(environment, folder):
     """The same checkpoint where the plugin is turned off: one clear error, no random weights."""
-    script = "import sys\nfrom transformers import AutoModelForCausalLM\ntry:\n    AutoModelForCausalLM.from_pretrained('quantized')\n"
-    script += "except Exception as error:\n    print(type(error).__name__, error)\n"
-    said = environment.run("-c", script, cwd=folder, env={"QHUB_DISABLE": "pow2"})
+    said = environment.run("-c", LOAD_WITHOUT, cwd=folder, env={"QHUB_DISABLE": "pow2"})
     assert said.startswith("UnknownMethodError")
     assert "'pow2'" in said and "QHUB_DISABLE=pow2" in said
 

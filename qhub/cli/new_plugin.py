@@ -60,16 +60,16 @@ def write_plugin(name: str, parent: Path) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise PluginError(
-            f"{name!r} cannot be a method's name: it takes lower-case letters, digits and single underscores between them, and "
-            "begins with a letter (my_method)"
+            f"{name!r} cannot be a method's name: it takes lower-case letters, digits and single underscores between "
+            "them, and begins with a letter (my_method)"
         )
     if name in _TAKEN:
         raise PluginError(f"{name!r} cannot be a method's name: the package qhub-{name} is part of qhub itself")
     installed = registry.list().get(name)
     if installed is not None:
         raise PluginError(
-            f"the method {name!r} is served by the installed package {installed.distribution}: two packages cannot share a name, "
-            "choose another one"
+            f"the method {name!r} is served by the installed package {installed.distribution}: two packages cannot "
+            "share a name, choose another one"
         )
     distribution = f"qhub-{name.replace('_', '-')}"
     target = parent / distribution

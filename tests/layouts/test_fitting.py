@@ -49,7 +49,7 @@ def test_nearly_the_best_of_all_scales(bits: int, kind: str) -> None:
     for part in np.linspace(0.05, 1, 40):
         for one in zeros:
             best = torch.minimum(best, _squares(w, span * part, torch.as_tensor(float(one)), high))
-    # Alternating minimization ends in a local minimum: a fifth of room over all groups, most where there are fewest codes.
+    # Alternating minimization ends in a local minimum: a fifth of room over all groups.
     assert float(found.sum()) < 1.2 * float(best.sum())
 
 
@@ -78,7 +78,7 @@ def test_padding_has_no_say(kind: str) -> None:
 
 
 def test_two_values_need_one_bit() -> None:
-    levels = torch.tensor([[0.3, 1.7], [-2.0, -1.0], [-0.5, 0.5]])
+    levels = torch.tensor([[0.3, 1.7], [-2.0, 1.0], [-0.5, 0.5]])
     w = levels[:, torch.arange(16) % 3 % 2]
     scale, zero = _allowed(1, "free").fit(w, None, (-1,))
     assert float(_squares(w, scale, zero, 1).max()) < 1e-10

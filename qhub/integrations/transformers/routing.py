@@ -8,6 +8,7 @@ operations for the model (merging experts, joining gate and up) on them.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -308,7 +309,15 @@ class Router(host.WeightConverter):
                 missing_keys=None,
             )
         (value,) = steps.values()
-        return value[0] if isinstance(value, list) else value
+        value = value[0] if isinstance(value, list) else value
+        if not isinstance(value, QuantizedTensor):
+            warnings.warn(
+                f"{name}: the matrices that the checkpoint stores for it are laid out differently and cannot be kept in one "
+                "quantized tensor; this weight is held dense",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return value
 
 
 def _read_later(tensor: FileTensor) -> Any:
