@@ -1,7 +1,7 @@
 """Runs the conformance kit of every plugin in this repository and writes what it found, for the table in the README.
 
-``python benchmarks/conformance.py`` writes ``benchmarks/results/conformance.json``: per method, the outcomes of each test of the
-kit over all its configs; with date and versions.
+``python benchmarks/conformance.py`` writes ``benchmarks/results/conformance.json``: per method, the outcomes of each
+test of the kit over all its configs; with date and versions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,16 @@ def main() -> None:
         package = tests.parents[1].name
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", str(tests), f"--junitxml={report}", "-q", "-p", "no:cacheprovider"]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                str(tests),
+                f"--junitxml={report}",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+            ]
             subprocess.run(command, cwd=ROOT, check=False)
             methods[package.removeprefix("qhub-")] = {
                 "distribution": package,

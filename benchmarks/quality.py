@@ -1,8 +1,9 @@
-"""Measures what quantizing costs a model: perplexity and KL divergence of the dequantized weights, per method and preset.
+"""Measures what quantizing costs a model: perplexity and KL divergence of the dequantized weights, per method and
+preset.
 
-Weight-only, as the published comparisons are: each configuration is quantized through ``from_pretrained``, its weights are
-dequantized into a float32 model, and that model is read on the protocol of :mod:`qhub.evaluate` (24 windows of 512 tokens of
-each text). Models and texts are arguments; the result is committed with versions::
+Weight-only, as the published comparisons are: each configuration is quantized through ``from_pretrained``, its weights
+are dequantized into a float32 model, and that model is read on the protocol of :mod:`qhub.evaluate` (24 windows of 512
+tokens of each text). Models and texts are arguments; the result is committed with versions::
 
     python benchmarks/quality.py MODEL --text mix=FILE --text handbook=FILE --out benchmarks/results/quality.json
 """
@@ -25,11 +26,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qhub import QuantizedTensor
 from qhub.evaluate import compare, windows_of
 
-# The settings of the peers: bitsandbytes from float32 weights (int8 rounds through float16 itself), hqq with float16 scales.
+# The settings of the peers: bitsandbytes from float32 weights (int8 rounds through float16 itself), hqq with float16
+# scales.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "NF4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, torch.float32),
     "NF4 nested": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
         torch.float32,
     ),
     "FP4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, torch.float32),

@@ -1,7 +1,8 @@
 """Writes the tables of the README from committed results; ``make tables`` runs it, a test checks that nothing is stale.
 
-``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``, ``benchmarks/results/demo.json`` from
-``python examples/demo.py --out DIR`` (its ``demo.json`` and, as ``docs/images/demo.png``, its picture).
+``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``,
+``benchmarks/results/demo.json`` from ``python examples/demo.py --out DIR`` (its ``demo.json`` and, as
+``docs/images/demo.png``, its picture).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """qhub: every quantization method of Hugging Face transformers as a small installable plugin.
 
-Installing ``qhub-core`` and plugins is all there is to do: ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` find
-them. This package is for people who look inside (:func:`explain`), write a method (:mod:`qhub.hookspecs`) or a kernel.
+Installing ``qhub-core`` and plugins is all there is to do: ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``
+find them. This package is for people who look inside (:func:`explain`), write a method (:mod:`qhub.hookspecs`) or a
+kernel.
 
 Importing ``qhub`` loads neither torch nor transformers; public names are resolved on first use.
 """
@@ -36,8 +37,8 @@ __all__ = [
     "plugins",
 ]
 
-# Where each public name lives: "module:name". A name never equals that of a submodule of this package, whose import would
-# replace it.
+# Where each public name lives: "module:name". A name never equals that of a submodule of this package, whose import
+# would replace it.
 _HOMES = {
     "ConfigSpec": "qhub.config:ConfigSpec",
     "MethodConfig": "qhub.config:MethodConfig",

@@ -1,8 +1,8 @@
 """The door: what ``import torch`` calls so that a process importing only transformers has every installed method.
 
-torch calls the entry points of its group ``torch.backends`` at the end of its own import. :func:`arm` only asks to be told when
-transformers' quantizer table is imported; nothing of qhub that imports torch is loaded before. It never raises: a broken
-qhub must not break ``import torch``. ``QHUB_AUTOLOAD=0`` turns it off.
+torch calls the entry points of its group ``torch.backends`` at the end of its own import. :func:`arm` only asks to be
+told when transformers' quantizer table is imported; nothing of qhub that imports torch is loaded before. It never
+raises: a broken qhub must not break ``import torch``. ``QHUB_AUTOLOAD=0`` turns it off.
 """
 
 from __future__ import annotations

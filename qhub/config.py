@@ -24,15 +24,16 @@ __all__ = ["ConfigSpec", "MethodConfig"]
 class ConfigSpec:
     """Describes a method's config to the core.
 
-    ``cls``: the config class, or ``"module:Class"`` to import it on first use. ``keys``: what a ``config.json`` may hold
-    besides the parameters of ``cls.__init__``. ``check``: called with a config object, raises :class:`ConfigError` on values
-    the method does not offer; None accepts all that the class accepts. ``skip``: attribute that lists modules to leave in
-    16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are left alone when
-    that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
-    ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the disk.
-    ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is one.
-    ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line and the demo
-    offer. ``from_options``: turns command-line options (``{"bits": 4}``) into config values; None takes them as keys.
+    ``cls``: the config class, or ``"module:Class"`` to import it on first use. ``keys``: what a ``config.json`` may
+    hold besides the parameters of ``cls.__init__``. ``check``: called with a config object, raises :class:`ConfigError`
+    on values the method does not offer; None accepts all that the class accepts. ``skip``: attribute that lists modules
+    to leave in 16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are
+    left alone when that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
+    ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the
+    disk. ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is
+    one. ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line
+    and the demo offer. ``from_options``: turns command-line options (``{"bits": 4}``) into config values; None takes
+    them as keys.
     """
 
     cls: type | str
@@ -56,7 +57,7 @@ class ConfigSpec:
     def known_keys(self) -> frozenset[str] | None:
         """Return every key that a ``config.json`` of this method may hold; None when the class takes any key."""
         # transformers' classes are dataclasses in name only: their fields are not what their own __init__ takes.
-        parameters = inspect.signature(self.resolve().__init__).parameters.values()
+        parameters = inspect.signature(self.resolve().__init__).parameters.values()  # type: ignore[misc]
         own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
         return frozenset(own) | self.keys | {"quant_method"}
 
@@ -71,10 +72,11 @@ class ConfigSpec:
         if unknown:
             raise ConfigError(
                 f"quantization_config of method {values.get('quant_method')!r} has unknown keys {unknown}; "
-                f"{cls.__name__} knows {sorted(known or ())}: correct the spelling, or update the plugin if the file is newer"
+                f"{cls.__name__} knows {sorted(known or ())}: correct the spelling, or update the plugin if the file "
+                "is newer"
             )
         try:
-            config = cls.from_dict(dict(values))
+            config = cls.from_dict(dict(values))  # type: ignore[attr-defined]
         except ConfigError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -92,8 +94,8 @@ class ConfigSpec:
 class MethodConfig:
     """Is the base of configs of methods that transformers does not know.
 
-    Subclass it as a dataclass, set ``quant_method`` to the entry point's name and check values in ``__post_init__`` (raise
-    :class:`ConfigError`)::
+    Subclass it as a dataclass, set ``quant_method`` to the entry point's name and check values in ``__post_init__``
+    (raise :class:`ConfigError`)::
 
         @dataclass
         class MyConfig(MethodConfig):

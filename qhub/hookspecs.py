@@ -1,7 +1,7 @@
 """The hook spec of qhub: everything a plugin can do, and its manual.
 
-A plugin is a module (or class, or instance) with functions named as below and marked with :data:`hookimpl`, announced by an
-entry point in the group ``qhub.plugins`` whose NAME is the ``quant_method`` in ``config.json``::
+A plugin is a module (or class, or instance) with functions named as below and marked with :data:`hookimpl`, announced
+by an entry point in the group ``qhub.plugins`` whose NAME is the ``quant_method`` in ``config.json``::
 
     # pyproject.toml
     [project.entry-points."qhub.plugins"]
@@ -15,10 +15,11 @@ entry point in the group ``qhub.plugins`` whose NAME is the ``quant_method`` in 
 
 Packages that only bring kernels use the group ``qhub.kernels``; there the entry point's name is free.
 
-Two kinds of calls. *Addressed*: "quantize this layer with mymethod" calls the plugin of that name and no other. *Broadcast*:
-"which kernels exist?" calls every plugin, one after the other; one that raises is recorded, named in a warning and left out.
-No hook is called inside ``forward``. A function may take fewer arguments than the spec, so the spec can grow; a misspelled
-hook is refused when the plugin is loaded. The entry module must be light: torch is allowed, a native library is not.
+Two kinds of calls. *Addressed*: "quantize this layer with mymethod" calls the plugin of that name and no other.
+*Broadcast*: "which kernels exist?" calls every plugin, one after the other; one that raises is recorded, named in a
+warning and left out. No hook is called inside ``forward``. A function may take fewer arguments than the spec, so the
+spec can grow; a misspelled hook is refused when the plugin is loaded. The entry module must be light: torch is allowed,
+a native library is not.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class QuantizerPlugin:
         """Describe the method's config class, its keys and its skip list.
 
         Called: addressed, once, when the method's name is first used. Returns a :class:`qhub.config.ConfigSpec`. Use
-        transformers' own class where one exists (``ConfigSpec(cls="transformers:GPTQConfig")``), so that users' code stays.
+        transformers' own class where one exists (``ConfigSpec(cls="transformers:GPTQConfig")``), so that users' code
+        stays.
         """
 
     @hookspec(firstresult=True)
@@ -64,11 +66,11 @@ class QuantizerPlugin:
     ) -> Mapping[str, LayerPlan | Skip]:
         """Choose a layout for each weight, from names and shapes alone.
 
-        Called: addressed, on the meta device, before any weight is read; again when a checkpoint of the method is loaded,
-        then only with the weights that the checkpoint stores quantized. Modules that the user excluded are already left
-        out. Returns ``{weight.name: LayerPlan or Skip(reason)}``; a weight that is not in it is skipped without a reason,
-        which is reported as such. Raise :class:`qhub.errors.ConfigError` for what cannot be (a group size that does not
-        divide K): better here than after minutes of quantizing.
+        Called: addressed, on the meta device, before any weight is read; again when a checkpoint of the method is
+        loaded, then only with the weights that the checkpoint stores quantized. Modules that the user excluded are
+        already left out. Returns ``{weight.name: LayerPlan or Skip(reason)}``; a weight that is not in it is skipped
+        without a reason, which is reported as such. Raise :class:`qhub.errors.ConfigError` for what cannot be (a group
+        size that does not divide K): better here than after minutes of quantizing.
         """
 
     @hookspec(firstresult=True)
@@ -79,24 +81,25 @@ class QuantizerPlugin:
 
         Called: addressed, once per matrix (fused experts one at a time), on the weight's device, without gradients.
         ``weight``: (layout.out_features, layout.in_features), in the dtype it was loaded in; do not write into it.
-        ``statistics``: those that the plan asked for, by name; empty otherwise. Returns ``{part name: tensor}``, exactly the
-        layout's parts. A method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
+        ``statistics``: those that the plan asked for, by name; empty otherwise. Returns ``{part name: tensor}``,
+        exactly the layout's parts. A method that only loads checkpoints leaves this hook out; asking it to quantize is
+        then refused.
         """
 
     @hookspec(firstresult=True)
     def qhub_format(self, config: Any) -> Format:  # type: ignore[empty-body]
         """Return the checkpoint format that ``config`` names: tensors to and from file entries.
 
-        Called: addressed, once per load or save. Returns a :class:`qhub.formats.Format`: pure functions on dicts. Written
-        files must be ones that the method's own library reads.
+        Called: addressed, once per load or save. Returns a :class:`qhub.formats.Format`: pure functions on dicts.
+        Written files must be ones that the method's own library reads.
         """
 
     @hookspec(firstresult=True)
     def qhub_adapter(self, config: Any, layout: Layout) -> AdapterPolicy:  # type: ignore[empty-body]
         """Say how an update (a merged adapter, ``weight.copy_``) goes back onto the layout, or why it cannot.
 
-        Called: addressed, once per weight, when the model is built. Returns a :class:`qhub.merging.AdapterPolicy`. None, or
-        no such hook: the layout picks what is nearer, its own grid kept or refitted.
+        Called: addressed, once per weight, when the model is built. Returns a :class:`qhub.merging.AdapterPolicy`.
+        None, or no such hook: the layout picks what is nearer, its own grid kept or refitted.
         """
 
     # -- kernels: broadcast ------------------------------------------------------------------------------------------
@@ -105,8 +108,9 @@ class QuantizerPlugin:
     def qhub_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]
         """Offer kernels, declared as data; their code is imported on first use.
 
-        Called: broadcast, once per process, when the first layer looks for a kernel. Returns :class:`qhub.kernels.KernelSpec`
-        objects. None or an empty list: none on this machine. Do not import a native library to answer.
+        Called: broadcast, once per process, when the first layer looks for a kernel. Returns
+        :class:`qhub.kernels.KernelSpec` objects. None or an empty list: none on this machine. Do not import a native
+        library to answer.
         """
 
     # -- tooling: broadcast ------------------------------------------------------------------------------------------
@@ -115,8 +119,8 @@ class QuantizerPlugin:
     def qhub_doctor(self) -> Iterable[Finding]:  # type: ignore[empty-body]
         """Say what works here, and what to install or change for more.
 
-        Called: broadcast, by ``qhub doctor``. Returns :class:`qhub.reports.Finding` objects; None when there is nothing to say.
-        May probe with ``importlib.util.find_spec``; should answer within a second.
+        Called: broadcast, by ``qhub doctor``. Returns :class:`qhub.reports.Finding` objects; None when there is nothing
+        to say. May probe with ``importlib.util.find_spec``; should answer within a second.
         """
 
     @hookspec
@@ -124,6 +128,6 @@ class QuantizerPlugin:
         """Add commands to the ``qhub`` command line.
 
         Called: broadcast, when the commands are listed or one is asked for that is not built in; ``app``: a
-        :class:`typer.Typer` of the plugin's own. Returns nothing. A plugin whose entry module does not mention this hook by
-        name is not imported for it. A name that is taken is left out, with a warning.
+        :class:`typer.Typer` of the plugin's own. Returns nothing. A plugin whose entry module does not mention this
+        hook by name is not imported for it. A name that is taken is left out, with a warning.
         """

@@ -1,4 +1,5 @@
-"""QuantLinear: an ``nn.Linear`` whose weight is a :class:`QuantizedTensor`, so that whatever trains or merges on one just works."""
+"""QuantLinear: an ``nn.Linear`` whose weight is a :class:`QuantizedTensor`, so that whatever trains or merges on one
+just works."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ __all__ = ["QuantLinear"]
 class QuantLinear(nn.Linear):
     """Computes ``x @ weight.T + bias`` with a quantized weight; with a dense one it is a plain ``nn.Linear``.
 
-    It *is* an ``nn.Linear`` with ``weight`` (out_features, in_features) of a float dtype: adapters, hooks and merges treat it as
-    one. The kernel is resolved once per weight, device and dtype, and called straight from ``forward``.
+    It *is* an ``nn.Linear`` with ``weight`` (out_features, in_features) of a float dtype: adapters, hooks and merges
+    treat it as one. The kernel is resolved once per weight, device and dtype, and called straight from ``forward``.
     """
 
     @classmethod
@@ -23,7 +24,7 @@ class QuantLinear(nn.Linear):
         """Return a layer on the meta device whose weight is set later; ``bias`` is taken over as it is."""
         layer = cls(in_features, out_features, bias=False, device="meta", dtype=dtype)
         layer.weight.requires_grad_(False)
-        layer.bias = bias
+        layer.bias = bias  # type: ignore[assignment]
         return layer
 
     def forward(self, input: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ class WeightInfo:
     """Describes one weight of a model that could be quantized.
 
     ``name``: the parameter, as in ``model.named_parameters()``. ``out_features`` x ``in_features``: of one matrix.
-    ``experts``: how many matrices are fused in it; None for a plain linear layer. ``transposed``: whether the parameter is
-    held as (in, out). ``dtype``: of the dense weight. ``kind``: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear),
-    ``"experts"`` or ``"embedding"``.
+    ``experts``: how many matrices are fused in it; None for a plain linear layer. ``transposed``: whether the parameter
+    is held as (in, out). ``dtype``: of the dense weight. ``kind``: ``"linear"``, ``"conv1d"`` (GPT-2's transposed
+    linear), ``"experts"`` or ``"embedding"``.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Skip:
 def matches(module: str, patterns: Iterable[str]) -> str | None:
     """Return the first of ``patterns`` that names ``module``; None if none does.
 
-    A pattern names a module as transformers' own skip lists do: it is the whole name or a leading part of it up to a dot, a
-    regular expression with the same boundary, or the end of the name.
+    A pattern names a module as transformers' own skip lists do: it is the whole name or a leading part of it up to a
+    dot, a regular expression with the same boundary, or the end of the name.
     """
     for pattern in patterns:
         try:

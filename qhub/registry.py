@@ -30,8 +30,9 @@ KERNEL_GROUP = "qhub.kernels"
 class PluginInfo:
     """Describes an installed plugin from package metadata alone.
 
-    ``name``: the quantization method, or a free name in the kernel group. ``distribution``, ``version``: of the package.
-    ``target``: what the entry point names. ``clash``: other distributions that announce the same name; empty when none.
+    ``name``: the quantization method, or a free name in the kernel group. ``distribution``, ``version``: of the
+    package. ``target``: what the entry point names. ``clash``: other distributions that announce the same name; empty
+    when none.
     """
 
     name: str
@@ -128,8 +129,8 @@ class Registry:
     def load(self, name: str, group: str = METHOD_GROUP) -> Any:
         """Return the plugin ``name``, importing it on first use.
 
-        Raises :class:`UnknownMethodError` when none is installed (naming the package to install), :class:`PluginError` when
-        it is disabled, broken, or announced by two distributions.
+        Raises :class:`UnknownMethodError` when none is installed (naming the package to install), :class:`PluginError`
+        when it is disabled, broken, or announced by two distributions.
         """
         with self._lock:
             if name in self.disabled():
@@ -153,7 +154,8 @@ class Registry:
             except Exception as error:
                 failure = PluginError(
                     f"the plugin {name!r} of {_dist(entries[0])} could not be loaded ({entries[0].value}): "
-                    f"{type(error).__name__}: {error}. Reinstall or update {_dist(entries[0])}, or set QHUB_DISABLE={name}"
+                    f"{type(error).__name__}: {error}. Reinstall or update {_dist(entries[0])}, or set "
+                    f"QHUB_DISABLE={name}"
                 )
                 failure.__cause__ = error
                 self.failures[name] = failure

@@ -1,8 +1,8 @@
 """QuantizedTensor: a torch.Tensor over any layout, with the shape, dtype and device of the dense weight it stands for.
 
-``F.linear`` goes to the kernels; views of leading dimensions, moves, transposition, FSDP's and torch.compile's flattening keep
-it quantized; writing into it requantizes onto its layout; every other operation runs on the dequantized weight. Gradients
-flow to inputs, never to codes.
+``F.linear`` goes to the kernels; views of leading dimensions, moves, transposition, FSDP's and torch.compile's
+flattening keep it quantized; writing into it requantizes onto its layout; every other operation runs on the dequantized
+weight. Gradients flow to inputs, never to codes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["QuantizedTensor"]
 class QuantizedTensor(torch.Tensor):
     """Stands for a dense weight (..., N, K) held as the parts of a layout.
 
-    Make one with :meth:`build`. ``quant_layout``: describes one (N, K) matrix. ``parts``: the tensors, with leading batch
-    dimensions for fused experts. ``compute_dtype``: products run in it; None: in the input's. ``policy``: what writing does.
-    ``transposed``: the tensor is seen as (..., K, N). ``dequantize()`` returns the dense weight.
+    Make one with :meth:`build`. ``quant_layout``: describes one (N, K) matrix. ``parts``: the tensors, with leading
+    batch dimensions for fused experts. ``compute_dtype``: products run in it; None: in the input's. ``policy``: what
+    writing does. ``transposed``: the tensor is seen as (..., K, N). ``dequantize()`` returns the dense weight.
     """
 
     quant_layout: Layout
@@ -41,10 +41,12 @@ class QuantizedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, source: QuantizedTensor, requires_grad: bool = False) -> QuantizedTensor:
-        """Return an alias of ``source``: libraries rebuild a parameter with ``type(parameter)(value, requires_grad=...)``."""
+        """Return an alias of ``source``: libraries rebuild a parameter with ``type(parameter)(value,
+        requires_grad=...)``."""
         if not isinstance(source, QuantizedTensor):
             raise LayoutError(
-                f"a QuantizedTensor cannot be made from a {type(source).__name__}: use QuantizedTensor.build(layout, parts, dtype)"
+                f"a QuantizedTensor cannot be made from a {type(source).__name__}: use QuantizedTensor.build(layout, "
+                "parts, dtype)"
             )
         if requires_grad:
             raise UnsupportedError(NO_GRADIENT)
@@ -154,9 +156,10 @@ class QuantizedTensor(torch.Tensor):
                     part.copy_(written[name])
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"QuantizedTensor({self.quant_layout.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"QuantizedTensor({self.quant_layout.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, "
             f"{8 * self.nbytes / max(self.numel(), 1):.3f} bits per weight)"
         )
 
@@ -211,7 +214,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -224,7 +227,8 @@ class QuantizedTensor(torch.Tensor):
 
 
 NO_GRADIENT = (
-    "a quantized weight cannot require gradients: its codes are integers. Train an adapter on it (any PEFT tuner), or dequantize "
+    "a quantized weight cannot require gradients: its codes are integers. Train an adapter on it (any PEFT tuner), "
+    "or dequantize "
     "the model first (model.dequantize())"
 )
 
@@ -262,8 +266,8 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return targets[0] if targets else result
 
 
-# What is done for a function of torch's API, and for an operator of its dispatcher, instead of running it on the dequantized
-# weight. Filled by qhub.operators; a handler may answer NotImplemented.
+# What is done for a function of torch's API, and for an operator of its dispatcher, instead of running it on the
+# dequantized weight. Filled by qhub.operators; a handler may answer NotImplemented.
 FUNCTIONS: dict[Any, Callable] = {}
 OPERATORS: dict[Any, Callable] = {}
 

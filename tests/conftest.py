@@ -1,4 +1,5 @@
-"""Fixtures that all tests share: tiny models of several architectures on disk, and a method that no plugin package brings."""
+"""Fixtures that all tests share: tiny models of several architectures on disk, and a method that no plugin package
+brings."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def _configs() -> dict[str, Callable[[], Any]]:
     return {
         "llama": lambda: tf.LlamaConfig(**llama),
         "llama-tied": lambda: tf.LlamaConfig(**llama, tie_word_embeddings=True),
-        "opt": lambda: tf.OPTConfig(hidden_size=64, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64, **small),
+        "opt": lambda: tf.OPTConfig(
+            hidden_size=64, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64, **small
+        ),
         "gpt2": lambda: tf.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64),
         "mixtral": lambda: tf.MixtralConfig(**llama, num_local_experts=4),
         "qwen3-moe": lambda: tf.Qwen3MoeConfig(

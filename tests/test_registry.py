@@ -382,7 +382,8 @@ def test_importing_qhub_is_light():
     )
     assert fresh(heavy) == "[]"
     program = "import time; a = time.process_time(); import qhub; print(time.process_time() - a)"
-    # Processor time: what others run on the machine counts only through its caches, for which a factor of three is enough.
+    # Processor time: what others run on the machine counts only through its caches, for which a factor of three is
+    # enough.
     assert median_ms(program) < 3 * 100
 
 

@@ -1,7 +1,8 @@
 """What a checkpoint format is: a pair of pure functions between a layout's tensors and the entries of a file.
 
-Both work on ONE matrix and on *local* names: an entry ``"qweight"`` of the linear layer ``model.layers.0.mlp.up_proj`` is the
-tensor ``model.layers.0.mlp.up_proj.qweight`` in the file. Fused experts are taken apart before, and put together after.
+Both work on ONE matrix and on *local* names: an entry ``"qweight"`` of the linear layer ``model.layers.0.mlp.up_proj``
+is the tensor ``model.layers.0.mlp.up_proj.qweight`` in the file. Fused experts are taken apart before, and put together
+after.
 """
 
 from __future__ import annotations
@@ -61,6 +62,6 @@ class Format(ABC):
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
         """Return layout and parts for file ``entries``; ``layout`` is the planned one, the result may refine it.
 
-        Raise :class:`qhub.errors.LayoutError` when the entries contradict each other or the plan; the caller adds the weight's
-        name and the file's.
+        Raise :class:`qhub.errors.LayoutError` when the entries contradict each other or the plan; the caller adds the
+        weight's name and the file's.
         """

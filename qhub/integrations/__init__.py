@@ -1,1 +1,2 @@
-"""What knows a host's internals, one host a file or folder: transformers, PEFT, the Hub. The rest of qhub knows none."""
+"""What knows a host's internals, one host a file or folder: transformers, PEFT, the Hub. The rest of qhub knows
+none."""

@@ -1,7 +1,7 @@
 """Chooses the kernel of a layer: filter once, keep every reason, admit only what matches the reference.
 
-The choice is made per (layout, device, dtype) and kept; at run time it is one comparison of M. ``QHUB_KERNEL=name`` forces a
-kernel and never falls back.
+The choice is made per (layout, device, dtype) and kept; at run time it is one comparison of M. ``QHUB_KERNEL=name``
+forces a kernel and never falls back.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["REFERENCE", "Choice", "choose", "forget", "kernels", "resolve"]
 
 REFERENCE = "reference"
 
-# Relative Frobenius error up to which a kernel counts as equal to the reference. Both round their output once to the input's
-# dtype (half an ulp each: 2^-9 for bf16, 2^-12 for fp16) and may round the weight to it too; 2^-6 and 2^-9 leave a factor of
-# four. An int8 activation rounds x to 1/254 of its absmax in both, so that rounding cancels.
+# Relative Frobenius error up to which a kernel counts as equal to the reference. Both round their output once to the
+# input's dtype (half an ulp each: 2^-9 for bf16, 2^-12 for fp16) and may round the weight to it too; 2^-6 and 2^-9
+# leave a factor of four. An int8 activation rounds x to 1/254 of its absmax in both, so that rounding cancels.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6, torch.float64: 1e-6}
 
 LinearFunction = Callable[[Tensor, Layout, Parts, "Tensor | None"], Tensor]
@@ -77,7 +77,8 @@ def kernels() -> dict[str, KernelSpec]:
                 for spec in specs:
                     if spec.name in offered or spec.name == REFERENCE:
                         warnings.warn(
-                            f"the plugin {plugin!r} offers a kernel named {spec.name!r}, a name that is taken: left out",
+                            f"the plugin {plugin!r} offers a kernel named {spec.name!r}, a name that is taken: left "
+                            "out",
                             stacklevel=2,
                         )
                         continue
@@ -163,22 +164,25 @@ def _steps(
 
 
 def _disagreement(function: LinearFunction, problem: Problem, parts: Parts) -> str | None:
-    """Return how the kernel differs from the reference on random input and this layer's own weight; None when it does not."""
+    """Return how the kernel differs from the reference on random input and this layer's own weight; None when it does
+    not."""
     device = next(iter(parts.values())).device
     layout, dtype = problem.layout, problem.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, layout.in_features, generator=generator).to(device, dtype)
     bias = torch.randn(layout.out_features, generator=generator).to(device, dtype)
     with torch.no_grad():
-        expected = reference.linear(x, layout, parts, bias).double()
         for rows in (1, 3):
+            # Anew for each: which columns of an int8 input stay unrounded depends on all of its rows.
+            expected = reference.linear(x[:rows], layout, parts, bias).double()
             found = function(x[:rows].contiguous(), layout, parts, bias)
             if found.shape != (rows, layout.out_features) or found.dtype != dtype:
                 return f"returned {tuple(found.shape)} {found.dtype}, expected {(rows, layout.out_features)} {dtype}"
-            error = (found.double() - expected[:rows]).norm() / expected[:rows].norm().clamp_min(1e-30)
+            error = (found.double() - expected).norm() / expected.norm().clamp_min(1e-30)
             if not float(error) <= _TOLERANCE.get(dtype, 1e-4):
                 warnings.warn(
-                    f"a kernel gave a wrong result (relative error {float(error):.2e} against the reference) and is not used",
+                    f"a kernel gave a wrong result (relative error {float(error):.2e} against the reference) and is "
+                    "not used",
                     RuntimeWarning,
                     stacklevel=4,
                 )

@@ -80,7 +80,7 @@ def explain(model: torch.nn.Module, dtype: torch.dtype | None = None) -> Explana
             if parameter.ndim >= 2:
                 dense[name] = parameter.numel() * parameter.element_size()
             continue
-        weight = parameter[(0,) * (parameter.ndim - 2)] if parameter.ndim > 2 else parameter
+        weight: Any = parameter[(0,) * (parameter.ndim - 2)] if parameter.ndim > 2 else parameter
         input_dtype = weight.compute_dtype or dtype or parameter.dtype
         choice = choose(weight.quant_layout, weight.parts, input_dtype)
         spans, start = {}, 1

@@ -1,4 +1,5 @@
-"""The product ``y = x @ W.T + bias`` with a quantized W: eager call, autograd, and the operator that torch.compile sees."""
+"""The product ``y = x @ W.T + bias`` with a quantized W: eager call, autograd, and the operator that torch.compile
+sees."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ def linear_parts(
 ) -> Tensor:
     """Return ``x @ W.T + bias`` for x (..., K), in x's dtype; gradients flow to x and bias, never to the parts.
 
-    ``compute_dtype``: the product runs in it; None: in x's. ``memo``: where the weight keeps its kernel choices; None looks
-    them up in the process-wide table, which hashes the layout at each call. ``key``: of :func:`layout_key`, if known.
+    ``compute_dtype``: the product runs in it; None: in x's. ``memo``: where the weight keeps its kernel choices; None
+    looks them up in the process-wide table, which hashes the layout at each call. ``key``: of :func:`layout_key`, if
+    known.
     """
     out_dtype = x.dtype
     # torch knows no autocast on the meta device, and raises when asked.
@@ -74,7 +76,8 @@ def _forward(
 
 
 def _input_gradient(grad: Tensor, layout: Layout, parts: Parts) -> Tensor:
-    # Rounding of activations has no useful derivative: the gradient passes straight through it, as LLM.int8() training does.
+    # Rounding of activations has no useful derivative: the gradient passes straight through it, as LLM.int8() training
+    # does.
     return torch.matmul(grad, layout.dequantize(parts, grad.dtype))
 
 

@@ -26,9 +26,9 @@ def linear(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) 
 def linear_int8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
     """Multiply with inputs rounded to int8 per row, outlier columns kept in x's dtype.
 
-    LLM.int8() (Dettmers et al. 2022, eq. 8): columns of x that hold a magnitude of at least the threshold are multiplied
-    unrounded with the dequantized columns of W; what is left is rounded to absmax/127 steps per row, outlier entries counting
-    as zero.
+    LLM.int8() (Dettmers et al. 2022, eq. 8): columns of x that hold a magnitude of at least the threshold are
+    multiplied unrounded with the dequantized columns of W; what is left is rounded to absmax/127 steps per row, outlier
+    entries counting as zero.
     """
     weight = layout.decode(parts)
     x = transform_input(x, layout, parts)

@@ -1,4 +1,5 @@
-"""What a kernel says of itself: where it runs, on which layouts, for how many rows. Data only; the code comes on first use."""
+"""What a kernel says of itself: where it runs, on which layouts, for how many rows. Data only; the code comes on first
+use."""
 
 from __future__ import annotations
 
@@ -31,13 +32,14 @@ class Problem:
 class KernelSpec:
     """Declares a kernel: ``y = x @ W.T (+ bias)`` for one kind of layout.
 
-    ``name``: unique. ``impl``: ``"module:function"`` called as ``function(x, layout, parts, bias)`` with x (M, K) contiguous,
-    returning (M, N) in x's dtype; imported on first use. ``layout``: the layout's kind. ``devices``: device types; empty for
-    any. ``dtypes``: names of the input's dtypes; empty for any. ``bits``: code widths; empty for any. ``max_m``: most rows it
-    should be used for; None for any. ``divides``: what N, K or the group must be a multiple of. ``transforms``: whether it takes
-    layouts with transforms. ``activations``: kinds of activation schemes it computes. ``accepts``: ``"module:function"`` called
-    with the :class:`Problem`, returning a reason to refuse or None; for what data cannot say. ``rank``: among kernels that no
-    measurement has ordered, the highest goes first; the reference has 0. ``version``: raise it when results or speed change.
+    ``name``: unique. ``impl``: ``"module:function"`` called as ``function(x, layout, parts, bias)`` with x (M, K)
+    contiguous, returning (M, N) in x's dtype; imported on first use. ``layout``: the layout's kind. ``devices``: device
+    types; empty for any. ``dtypes``: names of the input's dtypes; empty for any. ``bits``: code widths; empty for any.
+    ``max_m``: most rows it should be used for; None for any. ``divides``: what N, K or the group must be a multiple of.
+    ``transforms``: whether it takes layouts with transforms. ``activations``: kinds of activation schemes it computes.
+    ``accepts``: ``"module:function"`` called with the :class:`Problem`, returning a reason to refuse or None; for what
+    data cannot say. ``rank``: among kernels that no measurement has ordered, the highest goes first; the reference has
+    0. ``version``: raise it when results or speed change.
     """
 
     name: str

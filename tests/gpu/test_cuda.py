@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: moves, offload between CPU and GPU, compiled layers, equal results on both devices."""
+"""What only a CUDA device can show: moves, offload between CPU and GPU, compiled layers, equal results on both
+devices."""
 
 from __future__ import annotations
 
@@ -51,9 +52,7 @@ def test_save_from_the_gpu_and_load_anywhere(doclm, pow2, model, tmp_path):
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QuantizedTensor):
             assert torch.equal(parameter.parts["qweight"].cpu(), again.get_parameter(name).parts["qweight"])
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")), logits(model)
-    )
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")), logits(model))
 
 
 @pytest.mark.parametrize("source", ["dense", "quantized"])

@@ -1,7 +1,7 @@
 """Every damaged or contradictory checkpoint ends in one clear error before a model is returned.
 
-The cases of the transformers ecosystem that load silently with wrong numbers are here: a relabelled checkpoint, a missing
-norm, NaN scales, weights that are too short, a method that nobody serves.
+The cases of the transformers ecosystem that load silently with wrong numbers are here: a relabelled checkpoint, a
+missing norm, NaN scales, weights that are too short, a method that nobody serves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.fixture
 def saved(tiny, pow2, tmp_path) -> Path:
     folder = tmp_path / "checkpoint"
-    AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2}).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2}).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -153,7 +155,9 @@ def test_nan_in_an_expert_to_quantize(tiny, pow2, tmp_path):
 
 
 def test_missing_expert(tiny, pow2, tmp_path):
-    AutoModelForCausalLM.from_pretrained(tiny("mixtral"), quantization_config={"quant_method": pow2}).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny("mixtral"), quantization_config={"quant_method": pow2}).save_pretrained(
+        tmp_path
+    )
 
     def change(tensors):
         for part in ("pow2_codes", "pow2_scales"):
@@ -180,7 +184,9 @@ def test_impossible_value_in_the_config(saved):
 
 def test_group_size_that_does_not_divide(tiny, pow2):
     with pytest.raises(ConfigError, match=r"group_size 48 does not divide 64 .*q_proj"):
-        AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2, "group_size": 48})
+        AutoModelForCausalLM.from_pretrained(
+            tiny("llama"), quantization_config={"quant_method": pow2, "group_size": 48}
+        )
 
 
 def test_method_that_nobody_serves(saved):

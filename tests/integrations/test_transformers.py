@@ -1,4 +1,5 @@
-"""from_pretrained, save_pretrained and dequantize on every kind of architecture, with a method that the core has never heard of."""
+"""from_pretrained, save_pretrained and dequantize on every kind of architecture, with a method that the core has never
+heard of."""
 
 from __future__ import annotations
 
@@ -111,7 +112,14 @@ def test_modules_to_not_convert(tiny, pow2, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
     assert set(model.hf_quantizer.plan) == {
         f"model.layers.0.{name}.weight"
-        for name in ("self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        for name in (
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
     }
     assert "listed in modules_to_not_convert" in model.hf_quantizer.skipped["model.layers.1.mlp.up_proj.weight"]
     model.save_pretrained(tmp_path)
@@ -133,7 +141,9 @@ def test_nothing_left_to_quantize_is_an_error(tiny, pow2):
 
 
 def test_other_heads_load_from_a_quantized_checkpoint(tiny, pow2, tmp_path):
-    AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2}).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config={"quant_method": pow2}).save_pretrained(
+        tmp_path
+    )
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base.layers[0].mlp.up_proj.weight, QuantizedTensor)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)

@@ -12,7 +12,7 @@ from qhub.layouts import Codebook, Float8, Layout
 from .cases import CASES, batch, case, fresh
 
 # Sums of several codebooks have no cheap nearest sum; from foreign codes they are only searched greedily.
-SUMS = [name for name in CASES if isinstance(case(name).layout, Codebook) and len(case(name).layout.nbits) > 1]
+SUMS = [name for name in CASES if isinstance(book := case(name).layout, Codebook) and len(book.nbits) > 1]
 EXACT = [name for name in CASES if name not in SUMS]
 SCALAR = [name for name in CASES if not isinstance(case(name).layout, Codebook)]
 

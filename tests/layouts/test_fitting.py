@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from qhub.layouts.fitting import UniformFit
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "free": {},
     "whole": {"whole": True},
     "bounded": {"bounded": True},
@@ -22,7 +24,7 @@ def _allowed(bits: int, kind: str) -> UniformFit:
     options = dict(KINDS[kind])
     if options.get("zero") == "middle":
         options["zero"] = 2.0 ** (bits - 1)
-    return UniformFit(0, 2**bits - 1, **options)  # type: ignore[arg-type]
+    return UniformFit(0, 2**bits - 1, **options)
 
 
 def _groups(mean: float = 0.0) -> Tensor:

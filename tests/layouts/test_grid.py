@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_member_axes_reduce_to_the_scales(case: tuple[Grid, int, int], batch: li
     expected = torch.zeros(*batch, *shape)
     for i in range(n):
         for j in range(k):
-            place = (..., *_group(grid, n, k, i, j))
+            place: Any = (..., *_group(grid, n, k, i, j))
             expected[place] = torch.maximum(expected[place], weight[..., i, j])
     assert torch.equal(found, expected)
 

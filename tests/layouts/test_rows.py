@@ -95,7 +95,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-STACKABLE = {
+STACKABLE: dict[str, bool] = {
     # Second-level groups of 256 scales: 384 of them (96 rows of 4) would let the second matrix begin in the middle of
     # one.
     "nf4_nested": False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def test_written_weight_is_as_near_as_the_layout_allows(name: str) -> None:
     "name",
     ["nf4_nested", "int8_outliers", "hqq3_axis0", "gptq4_act_order", "quip_e8p12_factor3", "aqlm_2x8", "q4_k", "nvfp4"],
 )
-def test_every_spelling_of_a_write(name: str, write) -> None:
+def test_every_spelling_of_a_write(name: str, write: Callable[[QuantizedTensor, Tensor], None]) -> None:
     weight = _weight(name)
     dense = weight.dequantize() + _noise(weight, 0.3)
     write(weight, dense)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -146,7 +148,7 @@ def test_code_outside_its_codebook_is_refused() -> None:
         lambda: Grid("strided", 1, 7).scale_shape(8, 8),
     ],
 )
-def test_impossible_layout_is_refused(make) -> None:
+def test_impossible_layout_is_refused(make: Callable[[], object]) -> None:
     with pytest.raises(LayoutError):
         make()
 

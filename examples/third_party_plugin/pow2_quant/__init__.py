@@ -56,9 +56,13 @@ def qhub_plan(config, weights):
     plan = {}
     for weight in weights:
         if weight.in_features % config.group_size:
-            raise ConfigError(f"pow2: group_size {config.group_size} does not divide {weight.in_features} ({weight.name})")
+            raise ConfigError(
+                f"pow2: group_size {config.group_size} does not divide {weight.in_features} ({weight.name})"
+            )
         grid = Grid.along_k(config.group_size)
-        plan[weight.name] = LayerPlan(Lookup(out_features=weight.out_features, in_features=weight.in_features, grid=grid))
+        plan[weight.name] = LayerPlan(
+            Lookup(out_features=weight.out_features, in_features=weight.in_features, grid=grid)
+        )
     return plan
 
 

@@ -1,4 +1,5 @@
-"""Reads the headers of checkpoint files and sorts their tensors, so that a bad file is refused before anything is loaded."""
+"""Reads the headers of checkpoint files and sorts their tensors, so that a bad file is refused before anything is
+loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ __all__ = ["FileTensor", "StoredWeight", "check_entries", "read_headers", "sort_
 
 # The names of safetensors' dtypes (safetensors/src/tensor.rs).
 _DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32,
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
     "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -56,7 +58,8 @@ def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
                 found.update(_pickled_headers(file))
                 continue
             raise CheckpointError(
-                f"{file} is not a safetensors file: reading it could run code that it contains. Convert it to safetensors, or "
+                f"{file} is not a safetensors file: reading it could run code that it contains. Convert it to "
+                "safetensors, or "
                 "set QHUB_ALLOW_PICKLE=1 if you trust its author"
             )
         try:
@@ -98,7 +101,8 @@ def sort_entries(headers: dict[str, FileTensor], fmt: Format) -> tuple[dict[str,
 
 
 def check_entries(weight: StoredWeight, expected: dict[str, Entry], method: str) -> list[str]:
-    """Return what is wrong with the entries of ``weight``: missing, surplus, of another shape or dtype; [] when nothing is."""
+    """Return what is wrong with the entries of ``weight``: missing, surplus, of another shape or dtype; [] when nothing
+    is."""
     problems = []
     for name, entry in expected.items():
         tensor = weight.entries.get(name)

@@ -1,8 +1,9 @@
-"""Keeps quantizing on the fly small: gives back file pages and freed memory that the process would hold until loading ends.
+"""Keeps quantizing on the fly small: gives back file pages and freed memory that the process would hold until loading
+ends.
 
-transformers maps every shard and closes none before the last weight is read, so the pages of a whole 16-bit model would count
-as the process's; and the C library keeps the freed temporaries of one weight in its heap, pinned by the packed weights
-allocated between them.
+transformers maps every shard and closes none before the last weight is read, so the pages of a whole 16-bit model would
+count as the process's; and the C library keeps the freed temporaries of one weight in its heap, pinned by the packed
+weights allocated between them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ logger = logging.getLogger("qhub")
 
 @cache
 def quantizer_for(name: str, replaces: bool) -> type[PluginQuantizer]:
-    """Return the quantizer class for the plugin ``name``; ``replaces``: transformers has one of its own for that name."""
+    """Return the quantizer class for the plugin ``name``; ``replaces``: transformers has one of its own for that
+    name."""
     return type(f"PluginQuantizer_{name}", (PluginQuantizer,), {"method": name, "replaces": replaces})
 
 
@@ -65,7 +66,8 @@ class PluginQuantizer(HfQuantizer):
         if self.replaces:
             info = registry.list()[self.method]
             _say_once(
-                f"{self.method}: served by the plugin {info.distribution} {info.version}; QHUB_NATIVE={self.method} gives it back "
+                f"{self.method}: served by the plugin {info.distribution} {info.version}; QHUB_NATIVE={self.method} "
+                "gives it back "
                 "to transformers"
             )
 
@@ -123,14 +125,16 @@ class PluginQuantizer(HfQuantizer):
             return
         if not registry.has(self.method, "qhub_quantize"):
             raise UnsupportedError(
-                f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is quantized with "
+                f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is "
+                "quantized with "
                 f"{self.method} already, or choose another method"
             )
         eligible = [info for name, info in self._weights.items() if name not in self.skipped]
         self.plan = self._ask_plan(eligible)
         if not self.plan:
             raise ConfigError(
-                f"nothing in this {type(model).__name__} is left to quantize with {self.method}: {len(self._weights)} weights were "
+                f"nothing in this {type(model).__name__} is left to quantize with {self.method}: "
+                f"{len(self._weights)} weights were "
                 f"found, and skipped for these reasons: {sorted(set(self.skipped.values()))}"
             )
         self._check_disk(device_map)
@@ -179,7 +183,8 @@ class PluginQuantizer(HfQuantizer):
         on_disk = [name for name in self.plan if matches(name, away) or "" in away]
         if on_disk:
             raise ConfigError(
-                f"device_map puts {len(on_disk)} quantized weights on the disk ({on_disk[0]}, ...): quantized weights can be offloaded "
+                f"device_map puts {len(on_disk)} quantized weights on the disk ({on_disk[0]}, ...): quantized "
+                "weights can be offloaded "
                 "to the CPU, not to the disk. Map those modules to 'cpu', or leave them unquantized"
             )
 
@@ -189,7 +194,8 @@ class PluginQuantizer(HfQuantizer):
             return weight_conversions
         if not self._headers:
             raise UnsupportedError(
-                f"a checkpoint quantized with {self.method} is loaded from files, not from a state_dict: save it to a folder "
+                f"a checkpoint quantized with {self.method} is loaded from files, not from a state_dict: save it to "
+                "a folder "
                 "and name that"
             )
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
@@ -199,8 +205,10 @@ class PluginQuantizer(HfQuantizer):
             eligible = [name for name in self._weights if name not in self.skipped]
             some = ", ".join(list(self._headers)[:4])
             raise CheckpointError(
-                f"config.json says that this checkpoint is quantized with {self.method}, but no tensor in it is stored that way: "
-                f"expected {len(eligible)} weights with entries like {sorted(fmt.markers)}, found {some}, ... Is the method's name "
+                f"config.json says that this checkpoint is quantized with {self.method}, but no tensor in it is "
+                "stored that way: "
+                f"expected {len(eligible)} weights with entries like {sorted(fmt.markers)}, found {some}, ... Is the "
+                "method's name "
                 "right? No model was loaded"
             )
         infos = [source.info for route in routes for source in route.sources]
@@ -284,8 +292,8 @@ class PluginQuantizer(HfQuantizer):
             self.releaser.release()
         self._headers, self._loaded = {}, True
         use_plain_experts(model)
-        # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for no
-        # other library (peft/utils/other.py, prepare_model_for_kbit_training).
+        # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for
+        # no other library (peft/utils/other.py, prepare_model_for_kbit_training).
         model.hqq_quantized = True
         logger.info("%s: %d weights quantized, %d left as they are", self.method, len(self.plan), len(self.skipped))
         for name, reason in self.skipped.items():
@@ -314,7 +322,9 @@ class _Quantize(ConversionOps):
     def __deepcopy__(self, memo: Any) -> _Quantize:
         return self
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, nn.Parameter]:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, nn.Parameter]:
         return {name: self._one(name, v[0] if isinstance(v, list) else v) for name, v in input_dict.items()}
 
     def _one(self, name: str, value: Tensor) -> nn.Parameter:
@@ -327,8 +337,8 @@ class _Quantize(ConversionOps):
                 quantizer.releaser.done_with(value.nbytes)
                 return weight
             except QhubError as error:
-                # An exception here would be noted by transformers and the weight filled with random numbers. The first one
-                # is raised when loading ends; what comes after it takes no memory.
+                # An exception here would be noted by transformers and the weight filled with random numbers. The first
+                # one is raised when loading ends; what comes after it takes no memory.
                 message = str(error) if name in str(error) else f"{name}: {error}"
                 quantizer._failure = type(error)(message)
                 quantizer._failure.__cause__ = error

@@ -1,7 +1,8 @@
-"""Puts every installed method into transformers' tables, and wraps the few places where transformers would go on in silence.
+"""Puts every installed method into transformers' tables, and wraps the few places where transformers would go on in
+silence.
 
-Importing no plugin: names come from entry points, a plugin is loaded when its name is used. For a name that transformers
-knows, the plugin takes over; ``QHUB_NATIVE=a,b`` gives names back.
+Importing no plugin: names come from entry points, a plugin is loaded when its name is used. For a name that
+transformers knows, the plugin takes over; ``QHUB_NATIVE=a,b`` gives names back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _joined: set[str] = set()
 
 
 def install() -> None:
-    """Register the installed methods with transformers; call it again after installing a plugin in a running process."""
+    """Register the installed methods with transformers; call it again after installing a plugin in a running
+    process."""
     from transformers.quantizers import auto
 
     native = frozenset(filter(None, (name.strip() for name in os.environ.get("QHUB_NATIVE", "").split(","))))
@@ -78,12 +80,14 @@ def _refuse_unknown(auto: Any) -> None:
         if method and not any(method + suffix in auto.AUTO_QUANTIZATION_CONFIG_MAPPING for suffix in _SUFFIXES):
             if method in registry.disabled():
                 raise UnknownMethodError(
-                    f"this checkpoint is quantized with {method!r}, and QHUB_DISABLE={os.environ['QHUB_DISABLE']} turns that plugin "
+                    f"this checkpoint is quantized with {method!r}, and QHUB_DISABLE={os.environ['QHUB_DISABLE']} "
+                    "turns that plugin "
                     "off. Loading it would give random weights. Take the name out of QHUB_DISABLE"
                 )
             installed = ", ".join(registry.list()) or "none"
             raise UnknownMethodError(
-                f"this checkpoint is quantized with {method!r}, which neither transformers nor an installed plugin serves "
+                f"this checkpoint is quantized with {method!r}, which neither transformers nor an installed plugin "
+                "serves "
                 f"(installed plugins: {installed}). Loading it would give random weights. Install the method's plugin: "
                 f"pip install qhub-{method.replace('_', '-')}"
             )

@@ -1,8 +1,9 @@
-"""From file entries to quantized weights: matches a checkpoint with a model, and loads it through transformers' own loop.
+"""From file entries to quantized weights: matches a checkpoint with a model, and loads it through transformers' own
+loop.
 
-transformers loads by matching checkpoint keys with conversions. :class:`Router` is one more conversion that knows, for every
-entry of a quantized matrix, which parameter it belongs to; it builds the quantized matrices and runs transformers' own
-operations for the model (merging experts, joining gate and up) on them.
+transformers loads by matching checkpoint keys with conversions. :class:`Router` is one more conversion that knows, for
+every entry of a quantized matrix, which parameter it belongs to; it builds the quantized matrices and runs
+transformers' own operations for the model (merging experts, joining gate and up) on them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _SHOWN = 6
 
 @dataclass
 class Source:
-    """Is one stored matrix on its way into a parameter. ``pattern``: of the host's conversion; None when it goes in as it is."""
+    """Is one stored matrix on its way into a parameter. ``pattern``: of the host's conversion; None when it goes in as
+    it is."""
 
     weight: StoredWeight
     info: WeightInfo
@@ -125,7 +127,8 @@ class _Names:
         self.same_class = not architectures or type(model).__name__ in architectures
 
     def of(self, key: str) -> tuple[str, str | None]:
-        """Return the parameter that ``key`` goes to, and the pattern of the conversion on the way (None without one)."""
+        """Return the parameter that ``key`` goes to, and the pattern of the conversion on the way (None without
+        one)."""
         renamed, pattern = host.rename_source_key(
             key, self.renamings, self.converters, self.model.base_model_prefix, self.meta
         )
@@ -134,7 +137,8 @@ class _Names:
         return renamed, pattern
 
     def of_matrix(self, prefix: str, weights: Mapping[str, WeightInfo]) -> tuple[str, str | None, Any, bool] | None:
-        """Return (parameter, pattern, converter, stacked) for the stored matrix ``prefix``; None when it has no place."""
+        """Return (parameter, pattern, converter, stacked) for the stored matrix ``prefix``; None when it has no
+        place."""
         for key in (f"{prefix}.weight", prefix):
             target, pattern = self.of(key)
             if target in weights:
@@ -147,7 +151,8 @@ class _Names:
         return None
 
     def must_exist(self, key: str) -> bool:
-        """Return whether a tensor of the checkpoint must have a place: always, unless the model lacks the file's head."""
+        """Return whether a tensor of the checkpoint must have a place: always, unless the model lacks the file's
+        head."""
         prefix = self.model.base_model_prefix
         if self.same_class:
             return True
@@ -176,7 +181,8 @@ class _Names:
                 )
             elif tensor.dtype is None or tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
                 problems.append(
-                    f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales are missing)"
+                    f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales "
+                    "are missing)"
                 )
         return problems + [f"{name} is missing" for name in self._missing(covered)]
 
@@ -202,8 +208,8 @@ def _expressions(model: Any, attribute: str) -> list[str]:
 class Router(host.WeightConverter):
     """Is the conversion that builds quantized parameters from their stored entries.
 
-    One instance knows all routes; transformers copies it once per parameter, so a copy shares the tables and holds only the
-    tensors collected for its parameter.
+    One instance knows all routes; transformers copies it once per parameter, so a copy shares the tables and holds only
+    the tensors collected for its parameter.
     """
 
     def __init__(self, routes: list[Route], renamings: list[Any], build: Any) -> None:
@@ -259,8 +265,8 @@ class Router(host.WeightConverter):
         )
         safe = tensor.file.suffix == ".safetensors"
         if safe and source_key == target_key and tensor.dtype is not None and tensor.dtype.is_floating_point:
-            # transformers 5.17 casts a float tensor whose key is a parameter's own name to that parameter's dtype; here it
-            # may hold packed bytes, so it is read again as it is.
+            # transformers 5.17 casts a float tensor whose key is a parameter's own name to that parameter's dtype; here
+            # it may hold packed bytes, so it is read again as it is.
             if isinstance(future, Future):
                 future.cancel()
             future = _read_later(tensor)
@@ -288,7 +294,7 @@ class Router(host.WeightConverter):
             self.collected_tensors[key] = [
                 t.result() if isinstance(t, Future) else t() if callable(t) else t for t in tensors
             ]
-        result = dict(self.collected_tensors)
+        result: dict[str, Any] = dict(self.collected_tensors)
         self.collected_tensors.clear()
         return result
 
@@ -312,7 +318,8 @@ class Router(host.WeightConverter):
         value = value[0] if isinstance(value, list) else value
         if not isinstance(value, QuantizedTensor):
             warnings.warn(
-                f"{name}: the matrices that the checkpoint stores for it are laid out differently and cannot be kept in one "
+                f"{name}: the matrices that the checkpoint stores for it are laid out differently and cannot be kept "
+                "in one "
                 "quantized tensor; this weight is held dense",
                 RuntimeWarning,
                 stacklevel=2,

@@ -29,8 +29,9 @@ _WEIGHT_FILES = re.compile(r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\
 def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> dict[str, Tensor]:
     """Return every tensor to write for ``model``: quantized weights as ``fmt`` lays them out, the rest as they are.
 
-    ``original_names``: undo transformers' renamings and merges, so that fused experts are written one by one, as published
-    checkpoints have them. An expert that cannot be cut out exactly is written under the fused parameter's own name.
+    ``original_names``: undo transformers' renamings and merges, so that fused experts are written one by one, as
+    published checkpoints have them. An expert that cannot be cut out exactly is written under the fused parameter's own
+    name.
     """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -49,7 +50,7 @@ def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> di
     for name, weight in quantized.items():
         for prefix, matrix in _matrices(model, name, weight, original_names).items():
             if matrix.transposed:
-                matrix = matrix.t()
+                matrix = matrix.t()  # type: ignore[assignment]
             for local, entry in fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype).items():
                 # A table that many matrices share is one tensor in memory; safetensors wants each on its own.
                 storage = entry.untyped_storage().data_ptr()
@@ -76,7 +77,8 @@ def _matrices(model: Any, name: str, weight: QuantizedTensor, original_names: bo
 
 
 def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save like transformers' own ``save_pretrained`` (``original``), but beside the target, and put the files in place at the end.
+    """Save like transformers' own ``save_pretrained`` (``original``), but beside the target, and put the files in place
+    at the end.
 
     A full disk, an exception or a kill before that leaves the previous files as they were. Also writes a model card,
     unless the folder has one that somebody wrote or edited. With ``push_to_hub`` the files are in place before the
@@ -115,7 +117,8 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move the files of ``staging`` into ``target``, each replaced in one step, weights before the configs that describe them.
+    """Move the files of ``staging`` into ``target``, each replaced in one step, weights before the configs that
+    describe them.
 
     Weight files of an earlier save that the new one does not have are removed at the end.
     """
@@ -128,7 +131,7 @@ def publish(staging: Path, target: Path) -> None:
         place = target / file.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.chmod(0o644)
-        os.replace(file, place)
+        file.replace(place)
     kept = {file.name for file in files}
     for old in target.iterdir():
         if old.is_file() and old.name not in kept and _WEIGHT_FILES.fullmatch(old.name):
