@@ -38,8 +38,9 @@ class WeightInfo:
 
     @property
     def module(self) -> str:
-        """Return the name of the module that holds the weight; fused experts: of the module that holds them all."""
-        return self.name.rpartition(".")[0]
+        """Return the parameter's name without ``.weight``: the module of a linear layer, the parameter of fused
+        experts."""
+        return self.name.removesuffix(".weight")
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ from qhub.errors import KernelError
 from qhub.layouts import Layout, Parts
 from qhub.layouts.transforms import transform_input, transform_output
 
-__all__ = ["linear", "linear_int8"]
+__all__ = ["linear", "linear_float8", "linear_int8"]
 
 
 def linear(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
@@ -17,10 +17,18 @@ def linear(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) 
     if layout.activation.kind == "int8":
         return linear_int8(x, layout, parts, bias)
     if layout.activation.kind == "float8":
-        x = _through_float8(x)
-    elif layout.activation.kind != "none":
+        return linear_float8(x, layout, parts, bias)
+    if layout.activation.kind != "none":
         raise KernelError(f"the reference knows no activation scheme {layout.activation.kind!r}")
     return torch.nn.functional.linear(x, layout.dequantize(parts, x.dtype), bias)
+
+
+def linear_float8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    """Multiply with inputs rounded to E4M3 per row; what is rounded is what meets the stored matrix, after the
+    transforms."""
+    rounded = _through_float8(transform_input(x, layout, parts))
+    y = transform_output(torch.nn.functional.linear(rounded, layout.decode(parts).to(x.dtype)), layout, parts)
+    return y if bias is None else y + bias
 
 
 def linear_int8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:

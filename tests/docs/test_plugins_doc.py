@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "plugins.md"
 EXAMPLE = ROOT / "examples" / "third_party_plugin"
 
-BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^>]+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[^>]+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,12 @@ def test_kinds_of_calls_agree_with_the_spec(text):
 
 
 def test_every_layout_is_in_the_table(text):
-    classes = [one for one in vars(qhub.layouts).values() if inspect.isclass(one) and issubclass(one, qhub.layouts.Layout)]
+    classes = [
+        one for one in vars(qhub.layouts).values() if inspect.isclass(one) and issubclass(one, qhub.layouts.Layout)
+    ]
     concrete = [one.__name__ for one in classes if not inspect.isabstract(one)]
     table = text.partition("\n## Layouts\n")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == concrete
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(concrete)
 
 
 def test_contents_and_links(text):

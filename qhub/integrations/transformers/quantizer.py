@@ -157,7 +157,9 @@ class PluginQuantizer(HfQuantizer):
             )
         for name, info in self._weights.items():
             # Fused experts are parameters of their own: a pattern may name them, or the module that holds them.
-            pattern = matches(info.module, patterns) or matches(name.removesuffix(".weight"), patterns)
+            pattern = matches(info.module, patterns)
+            if pattern is None and info.kind == "experts":
+                pattern = matches(name.rpartition(".")[0], patterns)
             if pattern is not None:
                 self.skipped[name] = patterns[pattern]
 

@@ -1,6 +1,6 @@
 """The conformance kit: qhub's invariants as tests that a method's author inherits.
 
-Subclass :class:`MethodConformance`, name a method and configs, and pytest finds about forty tests::
+Subclass :class:`MethodConformance`, name a method and configs, and pytest finds about fifty tests::
 
     from qhub.testing import MethodConformance
 
