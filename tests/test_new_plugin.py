@@ -14,6 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from qhub.cli.app import app as whole
 from qhub.cli.new_plugin import new_plugin, write_plugin
 from qhub.errors import PluginError
 from qhub.testing.environment import FreshEnvironment
@@ -94,6 +95,8 @@ def test_command_line(tmp_path):
     assert again.exit_code == 2
     # The message stands in a box that is as wide as the terminal.
     assert "existsalready" in re.sub(r"[│\s]", "", again.output)
+    # rich would take [test] for markup.
+    assert 'pip install -e ".[test]"' in CliRunner().invoke(whole, ["new-plugin", "--help"]).output
     as_json = runner.invoke(app, ["other", "--dir", str(tmp_path), "--json"])
     assert json.loads(as_json.stdout)["files"][0] == "README.md"
 

@@ -195,12 +195,17 @@ def weight_sizes(model: str) -> list[int]:
     return sizes
 
 
+def _matches(name: str, pattern: str) -> bool:
+    # To fnmatch a star may stand for folders too.
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy tokenizer, processor and chat template files unchanged, each put in place at once; return their names."""
     copied = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source).as_posix()
-        if not file.is_file() or not any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS):
+        if not file.is_file() or not any(_matches(name, pattern) for pattern in _COMPANIONS):
             continue
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def new_plugin(
     Examples:
       qhub new-plugin mymethod
       cd qhub-mymethod
-      pip install -e ".[test]"
+      pip install -e ".\\[test]"
       pytest
     """
     try:

@@ -25,6 +25,7 @@ def qhub_commands(app):
     def other_list() -> None:
         print("not the real one")
 """
+COMMANDS = ("list", "doctor", "quantize", "inspect", "eval", "explain", "new-plugin")
 MARKED = "import pathlib; pathlib.Path(__file__).with_name('imported').touch()\n"
 
 
@@ -39,12 +40,12 @@ def test_help_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("list", "doctor", "quantize", "inspect", "eval", "explain"):
+    for command in COMMANDS:
         assert f" {command} " in done.stdout
 
 
 def test_help_fits_a_terminal_and_has_examples(run):
-    for command in ("list", "doctor", "quantize", "inspect", "eval", "explain"):
+    for command in COMMANDS:
         shown = run(command, "--help").stdout
         assert f"qhub {command} " in shown.split("Examples:")[1]
         assert all(len(line) <= 80 for line in shown.splitlines())

@@ -17,6 +17,7 @@ from qhub.reports import Finding
 
 @hookimpl
 def qhub_doctor():
+    print("a library that talks")
     return [Finding("warning", "sick", "a fuse is blown", "replace it")]
 """
 

@@ -38,6 +38,7 @@ def test_inspect_measures_the_checkpoint(as_json, quantized):
     assert data["bytes_on_disk"] == (quantized / "model.safetensors").stat().st_size
     (layout,) = data["layouts"]
     assert (layout["weights"], layout["layout"]["kind"], sum(layout["kernels"].values())) == (28, "lookup", 28)
+    assert layout["bits_per_weight"] == data["bits_per_weight"]
     assert data["skipped"] == {"output head or tied weight": ["lm_head.weight"]}
     modules = {module["name"]: module for module in data["modules"]}
     assert modules["model.layers.0.mlp.up_proj.weight"]["layout"] == "lookup"

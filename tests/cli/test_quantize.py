@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qhub import ConfigSpec, MethodConfig, QuantizedTensor, hookimpl
+from qhub.cli.loading import copy_companions
 from qhub.cli.quantize import make_config
 from qhub.errors import ConfigError
 from qhub.registry import registry
@@ -34,6 +35,24 @@ def test_the_folder_is_complete_and_loads(quantized, doclm):
     ids = torch.arange(1, 20)[None]
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, QuantizedTensor)
     assert torch.equal(model(ids).logits, direct(ids).logits)
+
+
+def test_what_is_copied_beside_the_weights(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    wanted = ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt", "added_tokens.json"]
+    wanted += ["special_tokens_map.json", "preprocessor_config.json", "video_preprocessor_config.json"]
+    wanted += ["chat_template.jinja", "additional_chat_templates/tools.jinja"]
+    others = ["config.json", "model.safetensors", "modeling_evil.py", "README.md", "model.safetensors.index.json"]
+    others += ["original/tokenizer.model", "onnx/tokenizer.json"]
+    for name in [*wanted, *others]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    target.mkdir()
+    (target / "tokenizer.json").write_text("an older one")
+    assert copy_companions(source, target) == sorted(wanted)
+    written = [file for file in target.rglob("*") if file.is_file()]
+    assert sorted(file.relative_to(target).as_posix() for file in written) == sorted(wanted)
+    assert all(file.read_text() == file.relative_to(target).as_posix() for file in written)
 
 
 def test_the_report_is_measured(as_json, tiny, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import transformers
+import torch
 
 from qhub.integrations.transformers import install
 from qhub.kernels import dispatch
@@ -324,20 +325,76 @@ def test_class_without_configs_fails(make_plugin, tmp_path):
     assert "configs is empty" in outcomes.failed["test_kit_is_filled_in"]
 
 
-def test_save_in_place_fails(make_plugin, tmp_path, monkeypatch):
-    """transformers' own save writes over the previous files one by one."""
-    name = make_plugin()
-    ours = transformers.PreTrainedModel.save_pretrained
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", ours.__wrapped__)
-    outcomes = run_kit(tmp_path, name, "test_failed_save_leaves_the_previous_files")
-    assert "changed the previous checkpoint" in outcomes.failed["test_failed_save_leaves_the_previous_files"]
+@dataclass
+class Sabotage:
+    """Says what of the core to replace ("module:attribute", by a function of the original), and what must fail."""
+
+    target: str
+    by: Callable
+    test: str
+    says: str
 
 
-def test_dispatcher_that_believes_everything_fails(make_plugin, tmp_path, monkeypatch):
+# What pluggable code cannot break, a defect of the core could: the kit notices that too.
+CORE = {
+    # transformers' own save writes over the previous files one by one.
+    "save in place": Sabotage(
+        "transformers:PreTrainedModel.save_pretrained",
+        lambda ours: ours.__wrapped__,
+        "test_failed_save_leaves_the_previous_files",
+        "changed the previous checkpoint",
+    ),
+    "footprint as if dense": Sabotage(
+        "transformers:PreTrainedModel.get_memory_footprint",
+        lambda ours: ours.__wrapped__,
+        "test_takes_less_memory",
+        "get_memory_footprint says",
+    ),
+    "every kernel believed": Sabotage(
+        "qhub.kernels.dispatch:_disagreement",
+        lambda ours: lambda *arguments: None,
+        "test_wrong_kernel_is_refused",
+        "was not refused",
+    ),
+    "twice the gradient": Sabotage(
+        "qhub.kernels.linear:_input_gradient",
+        lambda ours: lambda *arguments: 2 * ours(*arguments),
+        "test_gradients_flow_to_inputs",
+        "gradient is wrong",
+    ),
+    "entries not compared": Sabotage(
+        "qhub.integrations.transformers.routing:check_entries",
+        lambda ours: lambda *arguments: [],
+        "test_missing_entry",
+        "KeyError instead of QhubError",
+    ),
+    "dense tensors not compared": Sabotage(
+        "qhub.integrations.transformers.routing:_Names.compare",
+        lambda ours: lambda *arguments: [],
+        "test_missing_dense_tensor",
+        "a model was returned",
+    ),
+    "dequantize rounds to float16": Sabotage(
+        "qhub.integrations.transformers.quantizer:undo_layers",
+        lambda ours: lambda model, dtype: (ours(model, torch.float16), model.to(dtype)),
+        "test_dequantize_gives_a_dense_model",
+        "is not what the quantized weight stood for",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CORE)
+def test_broken_core_fails(case, make_plugin, tmp_path, monkeypatch):
     name = make_plugin()
-    monkeypatch.setattr(dispatch, "_disagreement", lambda *arguments: None)
-    outcomes = run_kit(tmp_path, name, "wrong_kernel")
-    assert set(outcomes.failed) == {"test_wrong_kernel_is_refused", "test_forcing_a_wrong_kernel_raises"}
+    sabotage = CORE[case]
+    module, _, path = sabotage.target.partition(":")
+    holder, _, attribute = path.rpartition(".")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, holder) if holder else owner
+    monkeypatch.setattr(owner, attribute, sabotage.by(getattr(owner, attribute)))
+    outcomes = run_kit(tmp_path, name, sabotage.test)
+    assert sabotage.test in outcomes.failed, f"{case}: the kit is content ({outcomes})"
+    assert sabotage.says in outcomes.failed[sabotage.test], outcomes.failed[sabotage.test]
 
 
 def test_refused_merge_is_a_visible_skip(make_plugin, tmp_path):

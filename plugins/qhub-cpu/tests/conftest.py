@@ -1,4 +1,4 @@
-"""Random quantized matrices of every layout the kernels take, each beside its dense float64 weight by the layout's own formula."""
+"""Random quantized matrices of every layout that the kernels take, each beside its dense weight in float64."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 class Case:
     """Is one matrix.
 
-    ``dense``: (N, K) float64. ``terms``: (N, K) float64, the magnitudes that a weight's formula adds up, which is what float32
-    roundings of the weight are relative to.
+    ``dense``: (N, K) float64. ``terms``: (N, K) float64, the magnitudes that a weight's formula adds up, which is what
+    float32 roundings of the weight are relative to.
     """
 
     layout: Any
@@ -35,12 +35,12 @@ class Case:
     dense: Tensor
     terms: Tensor
 
-    def bound(self, x: Tensor, y: Tensor, weight_unit: float = 0.0) -> Tensor:
-        """Return the largest error of each output that rounding can explain, for the product ``y`` of ``x``, both float64.
+    def bound(self, x: Tensor, weight_unit: float = 0.0) -> Tensor:
+        """Return the largest error of each output that rounding can explain, for ``x`` (M, K) float64.
 
-        A weight has at most six float32 roundings; a sum of 32 partial sums of K/32 products at most K/32 + 32 (Higham 2002,
-        section 4.2: a product's error grows by one unit roundoff an addition). ``weight_unit``: of the dtype that weights are
-        rounded to before the product; 0: none.
+        A weight has at most six float32 roundings; a sum of 32 partial sums of K/32 products at most K/32 + 32 (Higham
+        2002, section 4.2: a product's error grows by one unit roundoff an addition). ``weight_unit``: of the dtype
+        that weights are rounded to before the product; 0: none.
         """
         roundings = (6 + x.shape[1] / 32 + 32) * UNIT[torch.float32]
         return (roundings + weight_unit) * (x.abs() @ self.terms.T) * (1 + 2.0**-6)
@@ -68,8 +68,8 @@ def affine(
     signed = fields.get("signed", False)
     low, high = (-128, 128) if signed else (0, 2**bits)
     q = torch.randint(low, high, (n, k), generator=random)
-    rows = fields.pop("rows", 1)
-    layout = Affine(out_features=n, in_features=k, bits=bits, grid=Grid("block", rows, group), zero=zero, **fields)  # type: ignore[arg-type]
+    grid = Grid("block", fields.pop("rows", 1), group)
+    layout = Affine(out_features=n, in_features=k, bits=bits, grid=grid, zero=zero, **fields)  # type: ignore[arg-type]
     shape = layout.scale_shape
     scales = _uniform(shape, 0.01, 0.1, random).to(dtype)
     parts = {"qweight": layout.pack_codes(q), "scales": scales}
@@ -172,10 +172,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "nvfp4": lambda: lookup(group=16, nested="float8"),
     "lookup of 2 bits": lambda: lookup(2),
     "lookup of 3 bits, one group a row of 100": lambda: lookup(3, k=100, group=100),
-    **{f"hqq {bits}": (lambda bits=bits: affine(bits, dtype=torch.bfloat16, math="scales")) for bits in (1, 2, 3, 4, 8)},
+    **{
+        f"hqq {bits}": (lambda bits=bits: affine(bits, dtype=torch.bfloat16, math="scales")) for bits in (1, 2, 3, 4, 8)
+    },
     "hqq 4 in float16": lambda: affine(4, dtype=torch.float16, math="scales"),
     "hqq 4 of one scale": lambda: affine(4, rows=33, group=192),
-    "gptq 4 symmetric, ragged": lambda: affine(4, k=200, group=32, zero="constant", zero_point=8.0, dtype=torch.float16),
+    "gptq 4 symmetric, ragged": lambda: affine(
+        4, k=200, group=32, zero="constant", zero_point=8.0, dtype=torch.float16
+    ),
     "gptq 3 act-order": lambda: _permuted(affine(3, dtype=torch.float16)),
     "awq 4 scaled": lambda: _scaled(affine(4, dtype=torch.float16)),
     "offset 5": lambda: affine(5, group=32, zero="offset"),

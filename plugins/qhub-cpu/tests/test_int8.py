@@ -47,11 +47,14 @@ def test_known_small_product(make, run):
     codes[0, :4] = torch.tensor([1, 2, 3, 4])
     parts = {"qweight": codes, "scales": torch.tensor([[127.0]])}
     x = torch.zeros(2, 32)
-    # Row 0: step 2.54/127 = 0.02; 1.009 is 50.45 steps, rounded to 50. Column 3 has an outlier, so row 1's 0.123 stays whole.
+    # Row 0: step 2.54/127 = 0.02; 1.009 is 50.45 steps, rounded to 50. Column 3 has an outlier, so row 1's 0.123 stays
+    # whole.
     x[0, :4] = torch.tensor([2.54, 1.009, 0.0, 10.0])
     x[1, :4] = torch.tensor([0.0, 0.0, 1.27, 0.123])
     y = run(x, case.layout, parts)
-    assert torch.allclose(y[:, 0].double(), torch.tensor([2.54 + 2 * 1.0 + 4 * 10.0, 3 * 1.27 + 4 * 0.123]).double(), rtol=1e-6)
+    assert torch.allclose(
+        y[:, 0].double(), torch.tensor([2.54 + 2 * 1.0 + 4 * 10.0, 3 * 1.27 + 4 * 0.123]).double(), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("run", [few_rows, many_rows, int8_product])
@@ -62,6 +65,18 @@ def test_rows_of_zeros(make, run):
     y = run(x, case.layout, case.parts)
     assert torch.equal(y[0], torch.zeros_like(y[0])) and torch.equal(y[2], torch.zeros_like(y[2]))
     assert y.isfinite().all() and (y[1] != 0).any()
+
+
+@pytest.mark.parametrize("run", [few_rows, many_rows, int8_product])
+@pytest.mark.parametrize("threshold", [0.0, 3.0], ids=["all rounded", "outliers"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(make, run, threshold, value):
+    case = make["int8"](threshold=threshold)
+    x = torch.ones(2, 192)
+    x[0, 5] = value
+    y = run(x, case.layout, case.parts)
+    expected = reference.linear_int8(x, case.layout, case.parts)
+    assert torch.equal(y.isfinite(), expected.isfinite())
 
 
 def test_every_column_an_outlier(make, inputs, unit):
@@ -79,5 +94,5 @@ def test_rounded_inputs_of_other_layouts(make, inputs, run, m, bits, dtype, unit
     x = _outliers(x)
     choice = choose(case.layout, case.parts, dtype)
     assert choice.name(m) == f"cpu-affine-{'few' if run is few_rows else 'many'}"
-    assert "signed codes" in choice.refused["cpu-int8"]
+    assert ("signed codes" if bits == 8 else "bits") in choice.refused["cpu-int8"]
     assert _close(run(x, case.layout, case.parts, bias), x, case, bias, unit[dtype])

@@ -1,17 +1,21 @@
-"""Other processors, missing packages, OpenMP absent, folders that cannot be written: what is used then, and what is said."""
+"""Other processors, missing packages, OpenMP absent, folders that cannot be written: what is used then, and what is
+said."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
 import torch
-from qhub_cpu import compiled, products
+from qhub_cpu import compiled, int8, launch, products
 from qhub_cpu.admission import machine_reason
 from qhub_cpu.doctor import findings
 from qhub_cpu.plans import plan_of
@@ -59,7 +63,9 @@ def _run(**environment: str) -> str:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
 @pytest.mark.parametrize(
-    ("features", "level"), [("+avx2,+fma,+f16c", "AVX2"), ("+sse4.2", "no lookup instruction")], ids=["AVX2", "SSE"]
+    ("features", "level"),
+    [("+avx2,+fma,+f16c", "AVX2"), ("+avx,+fma,+f16c", "no lookup instruction")],
+    ids=["AVX2", "without lookups, as ARM64"],
 )
 def test_other_instruction_sets(features, level):
     said = _run(NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features)
@@ -76,7 +82,9 @@ def test_torchs_own_threads_are_found():
 
 
 def test_the_entry_module_is_light():
-    code = "import sys, qhub_cpu; qhub_cpu.qhub_kernels(); sys.exit('numba' in sys.modules or 'llvmlite' in sys.modules)"
+    code = (
+        "import sys, qhub_cpu; qhub_cpu.qhub_kernels(); sys.exit('numba' in sys.modules or 'llvmlite' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -95,6 +103,8 @@ def test_a_processor_that_lacks_instructions_is_refused_with_their_names(monkeyp
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert machine_reason() == "needs a processor with f16c, fma"
     assert "f16c, fma" in findings()[0].message
+    monkeypatch.setattr(platform, "machine", lambda: "ppc64le")
+    assert "not ppc64le" in (machine_reason() or "")
 
 
 def test_code_is_compiled_where_no_folder_can_be_written(monkeypatch):
@@ -105,18 +115,30 @@ def test_code_is_compiled_where_no_folder_can_be_written(monkeypatch):
     add = compiled.entry(lambda a, b: a + b)
     assert add(2, 3) == 5
     assert compiled.body(lambda block: None).address
+    assert any("NUMBA_CACHE_DIR" in (finding.remedy or "") for finding in findings())
 
 
-def test_kept_code_is_told_from_that_of_other_sources(make, monkeypatch, tmp_path):
+def test_kept_code_is_told_from_that_of_other_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def build(key: int) -> Any:
+        def empty(block):
+            _ = key
+
+        return compiled.body(empty)
+
+    assert build(1).cache_hits == 0
+    assert build(1).cache_hits == 1
+    assert build(2).cache_hits == 0
+
+
+def test_all_kept_code_carries_the_seal(make):
     case = make["affine"](2)
     variant = plan_of(case.layout, case.parts)[0].variant
-    fresh = products.product.__wrapped__
-    fresh(variant)
-    assert fresh(variant).cache_hits == 1
-    monkeypatch.setattr(products, "seal", lambda: 1234567)
-    # Sources that differ by nothing but their seal, which no run before this one has seen.
-    monkeypatch.setattr(products, "seal", lambda: int.from_bytes(os.urandom(6), "little"))
-    assert fresh(variant).cache_hits == 0
+    bodies = [products.product(variant).__wrapped__, products.decoder(variant, 0).__wrapped__]
+    entries = [made().py_func for made in (launch.launcher, launch.rounder, int8._rounding, int8._scaling)]
+    for function in bodies + entries:
+        assert inspect.getclosurevars(function).nonlocals["key"] == compiled.seal()
 
 
 def test_the_seal_follows_the_sources(monkeypatch, tmp_path):

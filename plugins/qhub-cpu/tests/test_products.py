@@ -31,7 +31,11 @@ def test_few_rows(case, dtype, m, inputs, unit):
     y = few_rows(x, case.layout, case.parts, bias)
     assert y.dtype == dtype and y.shape == (m, case.layout.out_features)
     exact = x.double() @ case.dense.T + bias.double()
-    bound = case.bound(x.double(), exact) + unit[dtype] * exact.abs() * (1 + 2.0**-6) + unit[torch.float32] * bias.double().abs()
+    bound = (
+        case.bound(x.double(), exact)
+        + unit[dtype] * exact.abs() * (1 + 2.0**-6)
+        + unit[torch.float32] * bias.double().abs()
+    )
     assert ((y.double() - exact).abs() <= bound).all()
 
 
@@ -41,8 +45,8 @@ def test_many_rows(case, dtype, m, inputs, unit):
     y = many_rows(x, case.layout, case.parts, bias)
     assert y.dtype == dtype and y.shape == (m, case.layout.out_features)
     exact = x.double() @ case.dense.T + bias.double()
-    # Weights are rounded to the input's dtype, and so is an input between transforms and product; torch rounds the sum to it
-    # before and after the bias, or once.
+    # Weights are rounded to the input's dtype, and so is an input between transforms and product; torch rounds the sum
+    # to it before and after the bias, or once.
     rounded = 0.0 if dtype == torch.float32 else unit[dtype] * (2 if case.layout.transforms else 1)
     bound = case.bound(x.double(), exact, rounded)
     bound += 2 * unit[dtype] * (exact.abs() + bias.double().abs() + bound) * (1 + 2.0**-6)
@@ -93,7 +97,10 @@ def test_which_kernel_runs(case, dtype, rows, name):
     ("layout", "reason"),
     [
         (Lookup(out_features=33, in_features=100, grid=Grid("flat", 1, 64)), "groups along K, not flat ones"),
-        (Affine(out_features=32, in_features=64, bits=4, grid=Grid("strided", 1, 64)), "groups along K, not strided ones"),
+        (
+            Affine(out_features=32, in_features=64, bits=4, grid=Grid("strided", 1, 64)),
+            "groups along K, not strided ones",
+        ),
         (Affine(out_features=32, in_features=64, bits=4, grid=Grid.along_k(8)), "multiple of 16 weights, not 8"),
         (Lookup(out_features=32, in_features=64, bits=8, grid=Grid.along_k(64)), "bits"),
         (
@@ -119,7 +126,9 @@ def test_experts_of_a_batch(make, inputs):
     }
     x, bias = inputs(layout, 3, torch.float32)
     for index, one in enumerate(cases):
-        parts = {name: stacked[name][index] if spec.batched else stacked[name] for name, spec in layout.part_specs().items()}
+        parts = {
+            name: stacked[name][index] if spec.batched else stacked[name] for name, spec in layout.part_specs().items()
+        }
         assert torch.equal(few_rows(x, layout, parts, bias), few_rows(x, layout, one.parts, bias))
 
 

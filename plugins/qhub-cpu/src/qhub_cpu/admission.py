@@ -35,4 +35,4 @@ def machine_reason() -> str | None:
     from qhub_cpu.processor import missing
 
     lacking = missing()
-    return f"needs a processor with {', '.join(lacking)}" if lacking else None
+    return f"needs a processor with {lacking}" if lacking else None

@@ -1,7 +1,7 @@
 """Compiles with numba: device functions, entry points and OpenMP bodies, kept on disk between processes.
 
-Numba keeps machine code in ``NUMBA_CACHE_DIR``, else beside the source, else (read-only installation) in the user's cache
-folder. Where none of them can be written, code is compiled anew in each process, and the doctor says so.
+Numba keeps machine code in ``NUMBA_CACHE_DIR``, else beside the source, else (read-only installation) in the user's
+cache folder. Where none of them can be written, code is compiled anew in each process, and the doctor says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from numba import cfunc, njit, types
 
-__all__ = ["body", "device", "entry", "seal"]
+__all__ = ["body", "device", "entry", "keeps_code", "seal"]
 
 # "numpy": a division by zero gives infinity as in torch, and leaves no branch that would raise.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
@@ -40,6 +40,15 @@ def body(function: Callable) -> Any:
         return cfunc(signature, cache=True, error_model="numpy")(function)
     except RuntimeError:
         return cfunc(signature, error_model="numpy")(function)
+
+
+def keeps_code() -> bool:
+    """Return whether there is a folder for compiled code."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
 
 
 @cache

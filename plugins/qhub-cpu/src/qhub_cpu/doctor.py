@@ -16,18 +16,29 @@ def findings() -> list[Finding]:
     """Return what works here; numba is imported if it is installed."""
     if importlib.util.find_spec("numba") is None:
         return [
-            Finding("warning", _SUBJECT, "numba is not installed: quantized layers run on the slow reference", "pip install numba")
+            Finding(
+                "warning",
+                _SUBJECT,
+                "numba is not installed: quantized layers run on the slow reference",
+                "pip install numba",
+            )
         ]
+    from qhub_cpu.compiled import keeps_code
     from qhub_cpu.processor import features, level, missing
 
     lacking = missing()
     if lacking:
-        message = f"this processor has no {', '.join(lacking)}: quantized layers run on the slow reference"
+        message = f"a processor with {lacking} is needed, which this is not: quantized layers run on the slow reference"
         return [Finding("note", _SUBJECT, message)]
     found = [Finding("ok", _SUBJECT, f"numba {version('numba')}, {level()}; {_threads()}")]
     if not {"avx512f", "avx2"} & features():
-        message = "this processor has no instruction for table lookups that qhub-cpu knows: 4-bit codes take a slower way"
+        message = (
+            "this processor has no instruction for table lookups that qhub-cpu knows: 4-bit codes take a slower way"
+        )
         found.append(Finding("note", _SUBJECT, message))
+    if not keeps_code():
+        message = "there is no folder where compiled code can be kept: it is compiled anew in each process, for seconds"
+        found.append(Finding("note", _SUBJECT, message, "set NUMBA_CACHE_DIR to a folder that can be written"))
     return found
 
 

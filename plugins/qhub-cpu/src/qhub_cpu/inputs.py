@@ -1,4 +1,5 @@
-"""Lays the input of a product out: float32, rows padded with zeros to whole vectors, columns in the order the weights come.
+"""Lays the input of a product out: float32, rows padded with zeros to whole vectors, columns in the order the weights
+come.
 
 Also rounds inputs to int8 where the layout says so: LLM.int8() (Dettmers et al. 2022, eq. 8) with the conventions of
 :func:`qhub.kernels.reference.linear_int8`. Where the weights are no int8 matrix, a rounded entry is kept as the float
@@ -34,7 +35,8 @@ def place_of(column, paired):
 
 @device
 def lay_out(x, kind, m, k, row, paired, target):
-    """Write ``m`` rows of ``k`` numbers of float type ``kind`` at ``x`` to ``target`` as float32, ``row`` floats apart."""
+    """Write ``m`` rows of ``k`` numbers of float type ``kind`` at ``x`` to ``target`` as float32, ``row`` floats
+    apart."""
     for i in range(m):
         first = target + 4 * row * i
         for column in range(k):
@@ -45,7 +47,8 @@ def lay_out(x, kind, m, k, row, paired, target):
 
 @device
 def mark_outliers(x, kind, m, k, row, threshold, columns):
-    """Set the bytes at ``columns`` to 1 for columns that reach ``threshold`` in some row, else to 0; return how many do.
+    """Set the bytes at ``columns`` to 1 for columns that reach ``threshold`` in some row, else to 0; return how many
+    do.
 
     Rows are ``row`` numbers apart; a threshold of 0 marks none.
     """
@@ -65,14 +68,17 @@ def mark_outliers(x, kind, m, k, row, threshold, columns):
 
 @device
 def int8_step(x, kind, first, k, threshold):
-    """Return the step of one row, which begins at entry ``first``: absmax/127 of the entries below ``threshold``; 1/127 if all are 0.
+    """Return the step of the row that begins at entry ``first``: absmax/127 of its entries below ``threshold``.
 
-    Small entries of an outlier column count for the absmax, though they are not rounded: so it is in the reference.
+    1/127 where all are 0; NaN where one is not finite, and so will the outputs be. Small entries of an outlier column
+    count, though they are not rounded: so it is in the reference.
     """
     absmax = float32(0.0)
     for column in range(k):
         magnitude = abs(number(x, kind, first + column))
-        if threshold <= 0 or magnitude < threshold:
+        if threshold <= 0 or not magnitude >= threshold:
+            if not magnitude < np.inf:
+                return float32(np.nan)
             absmax = max(absmax, magnitude)
     return (absmax if absmax > 0 else float32(1.0)) / float32(127.0)
 
@@ -81,7 +87,8 @@ def int8_step(x, kind, first, k, threshold):
 def round_int8(rows, m, k, threshold, columns):
     """Round ``m`` rows of ``k`` float32 in place to steps of their own, outlier columns left as they are.
 
-    ``columns``: address of ``k`` bytes to work in. Steps do not depend on the order of the columns, nor on padding with zeros.
+    ``columns``: address of ``k`` bytes to work in. Steps do not depend on the order of the columns, nor on padding
+    with zeros.
     """
     mark_outliers(rows, F32, m, k, k, threshold, columns)
     for i in range(m):
@@ -94,13 +101,16 @@ def round_int8(rows, m, k, threshold, columns):
 
 @device
 def int8_codes(x, kind, m, k, threshold, columns, codes, steps):
-    """Write the int8 codes of ``m`` rows and their float32 steps, 0 in outlier columns; return how many columns those are."""
+    """Write the int8 codes of ``m`` rows and their float32 steps, 0 in outlier columns; return how many columns those
+    are."""
     count = mark_outliers(x, kind, m, k, k, threshold, columns)
     for i in range(m):
         step = int8_step(x, kind, i * k, k, threshold)
         store_f32(steps + 4 * i, step)
         for column in range(k):
             index = i * k + column
-            code = int64(np.rint(number(x, kind, index) / step)) if load_u8(columns + column) == 0 else int64(0)
-            store_u8(codes + index, code)
+            value = np.rint(number(x, kind, index) / step)
+            # Only a number within int8 may become an integer; NaN is none.
+            rounds = load_u8(columns + column) == 0 and abs(value) <= 127
+            store_u8(codes + index, int64(value) if rounds else int64(0))
     return count

@@ -16,8 +16,8 @@ from torch import Tensor
 from qhub.layouts import Affine, Parts
 from qhub_cpu.compiled import entry, seal
 from qhub_cpu.inputs import int8_codes
-from qhub_cpu.variants import BF16, NONE
 from qhub_cpu.plans import FLOAT_KINDS
+from qhub_cpu.variants import BF16, NONE
 from qhub_cpu.vectors import load_f32, load_i32, store_bf16, store_f32
 from qhub_cpu.weights import number
 
@@ -41,14 +41,17 @@ def accepts(problem: Problem) -> str | None:
 
 
 def int8_product(x: Tensor, layout: Affine, parts: Parts, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias`` (M, N) in x's dtype for x (M, K) float32, bfloat16 or float16, rounded to int8 per row."""
+    """Return ``x @ W.T + bias`` (M, N) in x's dtype for x (M, K) float32, bfloat16 or float16, rounded to int8 per
+    row."""
     (m, k), n = x.shape, layout.out_features
     weight, scales = parts["qweight"], parts["scales"].contiguous()
     codes = torch.empty((m, k), dtype=torch.int8)
     # Steps of the rows, and behind them a byte a column.
     work = torch.empty(m + -(-k // 4), dtype=torch.float32)
     columns, kind = work.data_ptr() + 4 * m, FLOAT_KINDS[x.dtype]
-    count = _rounding()(x.data_ptr(), kind, m, k, layout.activation.threshold, columns, codes.data_ptr(), work.data_ptr())
+    count = _rounding()(
+        x.data_ptr(), kind, m, k, layout.activation.threshold, columns, codes.data_ptr(), work.data_ptr()
+    )
     sums = torch._int_mm(codes, weight.t())
     rest = _outlier_product(x, weight, work[m:].view(torch.uint8)[:k]) if count else None
     half = x.dtype is torch.float16

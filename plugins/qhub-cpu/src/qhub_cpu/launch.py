@@ -30,11 +30,11 @@ from qhub_cpu.words import (
     THREAD,
     THRESHOLD,
     WORDS,
-    X,
     X_ROW,
     ZEROS,
     K,
     M,
+    X,
 )
 
 __all__ = ["launcher", "rounder"]
@@ -44,10 +44,11 @@ __all__ = ["launcher", "rounder"]
 def launcher() -> Any:
     """Return the compiled entry point.
 
-    Its arguments are whole numbers: ``plan``: address of a block (:mod:`qhub_cpu.words`); ``body``: of the code; ``fork``,
-    ``thread``, ``count``: of OpenMP's functions, 0 to run on this thread alone; ``threads``: how many; ``first``, ``last``: rows of
-    W; ``m``, ``x``, ``x_kind``: rows, address and float type of the input, address 0 for none; ``out`` … ``bias_kind``: addresses and
-    float types; ``codes``, ``table``: addresses; ``s0`` … ``z3``: addresses of scales and zeros with their companions, 0 for none.
+    Its arguments are whole numbers: ``plan``: address of a block (:mod:`qhub_cpu.words`); ``body``: of the code;
+    ``fork``, ``thread``, ``count``: of OpenMP's functions, 0 to run on this thread alone; ``threads``: how many;
+    ``first``, ``last``: rows of W; ``m``, ``x``, ``x_kind``: rows, address and float type of the input, address 0 for
+    none; ``out`` … ``bias_kind``: addresses and float types; ``codes``, ``table``: addresses; ``s0`` … ``z3``:
+    addresses of scales and zeros with their companions, 0 for none.
     """
     key = seal()
 
@@ -110,8 +111,8 @@ def launcher() -> Any:
 def rounder() -> Any:
     """Return the compiled rounding of rows of x to int8 steps, for products that torch does.
 
-    Arguments: address and float type of x, its rows M and columns K, the address of M x K floats to write, the threshold, and
-    the address of K bytes to work in.
+    Arguments: address and float type of x, its rows M and columns K, the address of M x K floats to write, the
+    threshold, and the address of K bytes to work in.
     """
     key = seal()
 

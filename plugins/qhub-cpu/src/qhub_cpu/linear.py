@@ -1,4 +1,4 @@
-"""The kernels' entries: a product with a few rows of x straight from the codes, and one with many through decoded panels."""
+"""The kernels: products with a few rows of x straight from the codes, with many through decoded panels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def few_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | No
 def many_rows(x: Tensor, layout: Affine | Lookup, parts: Parts, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias`` (M, N) in x's dtype for x (M, K) float32, bfloat16 or float16.
 
-    Weights are decoded to x's dtype (float32 where inputs are rounded to int8) a panel of rows at a time, and torch multiplies.
+    Weights are decoded to x's dtype (float32 where inputs are rounded to int8) a panel of rows at a time, and torch
+    multiplies.
     """
     if layout.transforms:
         return _transformed(many_rows, x, layout, parts, bias)
@@ -107,7 +108,10 @@ def _without_transforms(layout: Affine | Lookup) -> Affine | Lookup:
 
 
 def _launch(plan: Plan, body: int, first: int, last: int, work: int, given: tuple[int, ...]) -> None:
-    """Run ``body`` on rows [first, last) of W, each of which costs ``work``; ``given``: the entry point's arguments from M on."""
+    """Run ``body`` on rows [first, last) of W, which cost ``work`` each.
+
+    ``given``: the entry point's arguments from M on.
+    """
     threads = min(torch.get_num_threads(), (last - first) * work // _GRAIN, last - first)
     run = launcher()
     if threads <= 1:

@@ -1,4 +1,4 @@
-"""What is known of a weight once and for all: the code to run and the argument block, from its layout and its parts' dtypes."""
+"""What is known of a weight once and for all, from its layout and its parts' dtypes: code and argument block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qhub.layouts import Affine, Lookup, Nested, Parts
 from qhub_cpu import words
-from qhub_cpu.variants import BF16, CONSTANT, F16, F32, I8, LOOKUP, NONE, OFFSET, U8, VALUE, Numbers, Variant
+from qhub_cpu.variants import BF16, CONSTANT, F16, F32, I8, LOOKUP, OFFSET, U8, VALUE, Numbers, Variant
 
 __all__ = ["FLOAT_KINDS", "Plan", "plan_of"]
 
@@ -26,9 +26,10 @@ _MODES = {"constant": CONSTANT, "value": VALUE, "offset": OFFSET}
 class Plan:
     """Is the answer for one layout and the dtypes of its tensors.
 
-    ``variant``: what to compile for. ``block``: the argument block (WORDS,) int64, unchanging words filled in; ``address``: of its
-    memory. ``tensors``: (place, name, dtype) of the parts whose addresses the entry point takes; ``fixed``: what it takes in the
-    other places. ``bodies``: addresses of compiled code by float type (None: of the product), filled by :mod:`qhub_cpu.linear`.
+    ``variant``: what to compile for. ``block``: the argument block (WORDS,) int64, unchanging words filled in;
+    ``address``: of its memory. ``tensors``: (place, name, dtype) of the parts whose addresses the entry point takes;
+    ``fixed``: what it takes in the other places. ``bodies``: addresses of compiled code by float type (None: of the
+    product), filled by :mod:`qhub_cpu.linear`.
     """
 
     variant: Variant
@@ -59,9 +60,9 @@ _known: dict[int, _Known] = {}
 
 
 def plan_of(layout: Affine | Lookup, parts: Parts) -> tuple[Plan, list[int], Parts]:
-    """Return the plan for ``layout`` and the dtypes of ``parts``, the parts' addresses, and the tensors that these belong to.
+    """Return the plan for ``layout`` and ``parts``, the addresses it asks for, and the tensors that lie there.
 
-    The tensors are ``parts`` themselves, or contiguous copies which the caller keeps until the product is done.
+    These are ``parts`` themselves, or contiguous copies, which the caller keeps until the product is done.
     """
     key = id(layout)
     known = _known.get(key)
@@ -84,7 +85,8 @@ def _plan(layout: Affine | Lookup, parts: Parts) -> Plan:
     grid, k = layout.grid, layout.in_features
     paired = int(layout.bits == 4 and (grid.cols % 32 == 0 or grid.cols >= k))
     scales, scale_names = _numbers("scales", layout.scales_nested, parts)
-    zeros, zero_names = Numbers(), (0, 0, 0, 0)
+    zeros = Numbers()
+    zero_names: tuple[str | int, ...] = (0, 0, 0, 0)
     mode, rounding, signed, zero_point, unit = LOOKUP, F32, 0, 0.0, 1.0
     if isinstance(layout, Affine):
         mode, signed, zero_point, unit = _MODES[layout.zero], int(layout.signed), float(layout.zero_point), layout.unit

@@ -18,12 +18,19 @@ def features() -> frozenset[str]:
 def level() -> str:
     """Return the set that table lookups use."""
     found = features()
-    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in found), "no lookup instruction")
+    return next(
+        (name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in found), "no lookup instruction"
+    )
 
 
-def missing() -> list[str]:
-    """Return the instruction sets that the compiled code cannot do without and this processor lacks."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
-    # Without F16C, float16 becomes calls into a library that the compiler does not link.
-    return sorted({"avx2", "fma", "f16c"} - features())
+def missing() -> str | None:
+    """Return what the compiled code cannot do without and this processor lacks; None when it lacks nothing.
+
+    Elsewhere float16 would become calls into a library that is not linked, and LLVM ends the process over such a call.
+    """
+    machine = platform.machine().lower()
+    if machine in ("arm64", "aarch64"):
+        return None
+    if machine not in ("x86_64", "amd64"):
+        return f"x86-64 or ARM64 instructions, not {machine}"
+    return ", ".join(sorted({"avx2", "fma", "f16c"} - features())) or None

@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import float32
-
 from qhub_cpu.compiled import body, device, seal
-from qhub_cpu.variants import BF16, F16, F32, NONE, Variant
+from qhub_cpu.variants import BF16, F32, NONE, Variant
 from qhub_cpu.vectors import (
     add,
     call_count,
@@ -48,12 +46,12 @@ from qhub_cpu.words import (
     TABLE,
     TABLE_ENTRIES,
     THREAD,
-    X,
     X_ROW,
     ZEROS,
     K,
     M,
     N,
+    X,
 )
 
 __all__ = ["decoder", "product"]

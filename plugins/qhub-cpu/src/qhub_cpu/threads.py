@@ -1,7 +1,8 @@
 """Which threads a product runs on: torch's own, so that two pools never wait for each other's processors.
 
-torch's OpenMP runtime is in the process already; GNU's, LLVM's and Intel's all have GOMP_parallel, the call that a compiler makes
-for a parallel region. Where there is none (a torch without OpenMP, Windows), a pool of Python threads stands in.
+torch's OpenMP runtime is in the process already; GNU's, LLVM's and Intel's all have GOMP_parallel, the call that a
+compiler makes for a parallel region. Where there is none (a torch without OpenMP, Windows), a pool of Python threads
+stands in.
 """
 
 from __future__ import annotations

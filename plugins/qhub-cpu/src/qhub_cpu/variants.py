@@ -1,4 +1,4 @@
-"""What code is compiled for: everything of a layout and its tensors' dtypes that would otherwise be asked per group of weights."""
+"""What code is compiled for: all of a layout and its tensors' dtypes that would else be asked per group of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LOOKUP, CONSTANT, VALUE, OFFSET = range(4)
 class Numbers(NamedTuple):
     """Says how the scales or the zeros are stored; see :class:`qhub.layouts.Nested`.
 
-    ``kind``: of the numbers or codes; NONE: there are none. ``table``: codes index a table. ``super_kind``: of the second-level
-    scales; NONE without. ``divide``: these divide. ``offset``: one float is added.
+    ``kind``: of the numbers or codes; NONE: there are none. ``table``: codes index a table. ``super_kind``: of the
+    second-level scales; NONE without. ``divide``: these divide. ``offset``: one float is added.
     """
 
     kind: int = NONE
@@ -30,9 +30,9 @@ class Numbers(NamedTuple):
 class Variant(NamedTuple):
     """Is a set of compile-time constants.
 
-    ``bits``, ``signed``: of the codes. ``paired``: 4-bit codes are read as 16 bytes, which are 16 even and 16 odd columns; the
-    input is laid out likewise. ``mode``: the formula. ``rounding``: the float type it is rounded to after each step, F32 for
-    none. ``zero_point``, ``unit``: as in :class:`qhub.layouts.Affine`.
+    ``bits``, ``signed``: of the codes. ``paired``: 4-bit codes are read as 16 bytes, which are 16 even and 16 odd
+    columns; the input is laid out likewise. ``mode``: the formula. ``rounding``: the float type it is rounded to after
+    each step, F32 for none. ``zero_point``, ``unit``: as in :class:`qhub.layouts.Affine`.
     """
 
     bits: int

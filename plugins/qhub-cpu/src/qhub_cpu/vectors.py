@@ -16,10 +16,50 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 __all__ = [
-    "LANES", "add", "broadcast", "call_body", "call_count", "call_fork", "codes1", "codes2", "codes3", "codes4", "codes5", "codes6",
-    "codes7", "codes8", "div", "fma", "high_half", "lanes", "load_bf16", "load_f16", "load_f32", "load_i32", "load_i8", "load_u8", "load_vector",
-    "load_word", "mul", "pick", "round_bf16", "round_f16", "signed8", "stack_memory", "store_bf16", "store_f32", "store_u8",
-    "store_vector", "store_vector_bf16", "store_vector_f16", "store_word", "sub", "to_float", "total", "zero_vector", "zip_high",
+    "LANES",
+    "add",
+    "broadcast",
+    "call_body",
+    "call_count",
+    "call_fork",
+    "codes1",
+    "codes2",
+    "codes3",
+    "codes4",
+    "codes5",
+    "codes6",
+    "codes7",
+    "codes8",
+    "div",
+    "fma",
+    "high_half",
+    "lanes",
+    "load_bf16",
+    "load_f16",
+    "load_f32",
+    "load_i8",
+    "load_i32",
+    "load_u8",
+    "load_vector",
+    "load_word",
+    "mul",
+    "pick",
+    "round_bf16",
+    "round_f16",
+    "signed8",
+    "stack_memory",
+    "store_bf16",
+    "store_f32",
+    "store_u8",
+    "store_vector",
+    "store_vector_bf16",
+    "store_vector_f16",
+    "store_word",
+    "sub",
+    "to_float",
+    "total",
+    "zero_vector",
+    "zip_high",
     "zip_low",
 ]  # fmt: skip
 
@@ -70,7 +110,9 @@ def _ints_of(values: Any, kind: Any = _I32) -> Any:
 
 
 def _shuffle(builder: Any, value: Any, order: Any, second: Any = None) -> Any:
-    return builder.shuffle_vector(value, second if second is not None else ir.Constant(value.type, ir.Undefined), _ints_of(order))
+    return builder.shuffle_vector(
+        value, second if second is not None else ir.Constant(value.type, ir.Undefined), _ints_of(order)
+    )
 
 
 def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -106,7 +148,8 @@ def _widen_bf16(builder: Any, value: Any) -> Any:
 
 
 def _near_bf16(builder: Any, value: Any, kind: Any, splat: Callable) -> Any:
-    """Return the bits of float32 ``value``, the upper 16 of which are those of the nearest bfloat16, ties to even; no NaN."""
+    """Return the bits of float32 ``value``, the upper 16 of which are those of the nearest bfloat16, ties to even; no
+    NaN."""
     bits = builder.bitcast(value, kind)
     odd = builder.and_(builder.lshr(bits, splat(16)), splat(1))
     return builder.add(builder.add(bits, splat(0x7FFF)), odd)
@@ -145,7 +188,9 @@ store_bf16 = _storer(_I16, _narrow_bf16, _scalar, 2)
 store_u8 = _storer(_I8, lambda b, v: b.trunc(v, _I8), types.int64, 1)
 store_vector = _storer(_VF, _same, _floats, 4)
 store_vector_bf16 = _storer(ir.VectorType(_I16, LANES), _narrow_vector_bf16, _floats, 2)
-store_vector_f16 = _storer(ir.VectorType(_F16, LANES), lambda b, v: b.fptrunc(v, ir.VectorType(_F16, LANES)), _floats, 2)
+store_vector_f16 = _storer(
+    ir.VectorType(_F16, LANES), lambda b, v: b.fptrunc(v, ir.VectorType(_F16, LANES)), _floats, 2
+)
 
 
 @intrinsic
@@ -201,7 +246,9 @@ round_bf16 = _make(_floats, (_floats,), lambda c, b, v: _bf16_and_back(b, v[0]))
 round_f16 = _make(_floats, (_floats,), lambda c, b, v: _half_and_back(b, v[0]))
 # Even and odd columns of 32, put in order again: columns 0 to 15, columns 16 to 31.
 zip_low = _make(_floats, _two, lambda c, b, v: _shuffle(b, v[0], [i // 2 + LANES * (i % 2) for i in range(16)], v[1]))
-zip_high = _make(_floats, _two, lambda c, b, v: _shuffle(b, v[0], [8 + i // 2 + LANES * (i % 2) for i in range(16)], v[1]))
+zip_high = _make(
+    _floats, _two, lambda c, b, v: _shuffle(b, v[0], [8 + i // 2 + LANES * (i % 2) for i in range(16)], v[1])
+)
 
 
 @intrinsic
@@ -310,7 +357,9 @@ def _pick_avx2(builder: Any, table: Any, index: Any) -> Any:
         places = _shuffle(builder, index, range(start, start + 8))
         top = builder.shl(places, _ints_of([28] * 8))
         chosen = builder.icmp_signed("<", top, _ints_of([0] * 8))
-        halves.append(builder.select(chosen, builder.call(permute, [large, places]), builder.call(permute, [small, places])))
+        halves.append(
+            builder.select(chosen, builder.call(permute, [large, places]), builder.call(permute, [small, places]))
+        )
     return _shuffle(builder, halves[0], range(16), halves[1])
 
 

@@ -1,7 +1,8 @@
 """What threads do to turn codes into weights: read scales, make the values of a group, pick them by code.
 
-Formulas: :meth:`qhub.layouts.Affine.decode`, :meth:`qhub.layouts.Lookup.decode` and :meth:`qhub.layouts.nested.Nested.values`, with
-their roundings. The fields of a :class:`~qhub_cpu.variants.Variant` ``v`` are constants by the time LLVM sees them.
+Formulas: :meth:`qhub.layouts.Affine.decode`, :meth:`qhub.layouts.Lookup.decode` and
+:meth:`qhub.layouts.nested.Nested.values`, with their roundings. The fields of a :class:`~qhub_cpu.variants.Variant`
+``v`` are constants by the time LLVM sees them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def number(address, kind, index):
 
 @device
 def quantity(block, place, index, numbers):
-    """Return scale or zero ``index``, 0 if there are none; ``place``: the word of its address (see :mod:`qhub_cpu.words`)."""
+    """Return scale or zero ``index``, 0 if there are none; ``place``: the first of its words."""
     if numbers.kind == NONE:
         return float32(0.0)
     address = word(block, place)

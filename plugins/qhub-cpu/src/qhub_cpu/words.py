@@ -7,8 +7,33 @@ Words are whole numbers or addresses. What never changes from call to call is fi
 from __future__ import annotations
 
 __all__ = [
-    "BIAS", "BIAS_KIND", "BLOCK_BYTES", "CODES", "COUNT", "FIRST", "GROUP", "GROUPS", "GROUP_ROWS", "K", "LAST", "M", "N", "OUT", "OUT_KIND",
-    "PAIRED", "ROUNDS", "ROW_BYTES", "SCALES", "TABLE", "TABLE_ENTRIES", "THREAD", "THRESHOLD", "WORDS", "X", "X_ROW", "ZEROS",
+    "BIAS",
+    "BIAS_KIND",
+    "BLOCK_BYTES",
+    "CODES",
+    "COUNT",
+    "FIRST",
+    "GROUP",
+    "GROUPS",
+    "GROUP_ROWS",
+    "LAST",
+    "OUT",
+    "OUT_KIND",
+    "PAIRED",
+    "ROUNDS",
+    "ROW_BYTES",
+    "SCALES",
+    "TABLE",
+    "TABLE_ENTRIES",
+    "THREAD",
+    "THRESHOLD",
+    "WORDS",
+    "X_ROW",
+    "ZEROS",
+    "K",
+    "M",
+    "N",
+    "X",
 ]  # fmt: skip
 
 # Shape: N rows of K weights, M rows of input; rows [FIRST, LAST) are this call's. A row of codes takes ROW_BYTES.
@@ -21,8 +46,8 @@ X, X_ROW, OUT, OUT_KIND, BIAS, BIAS_KIND = range(9, 15)
 PAIRED, ROUNDS, THRESHOLD = range(15, 18)
 # The weight: addresses of codes and of the value table, and how many entries that has.
 CODES, TABLE, TABLE_ENTRIES = range(18, 21)
-# Scales and zeros, five words each: addresses of the numbers, of their second level, table and offset; and the shift by which
-# an index becomes one of the second level.
+# Scales and zeros, five words each: addresses of the numbers, of their second level, table and offset; and the shift
+# by which an index becomes one of the second level.
 SCALES, ZEROS = 21, 26
 # Addresses of OpenMP's thread number and thread count; 0 outside of a parallel region.
 THREAD, COUNT = range(31, 33)
