@@ -18,8 +18,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Heading of a column and the tests of the conformance kit that must all pass for its check mark.
 ABILITIES = {
-    "quantizes": ("test_quantizing_gives_what_was_planned", "test_quantizes_in_a_process_that_imports_only_transformers"),
-    "reloads bit-identical": ("test_reloads_bit_identical_in_a_fresh_process", "test_sharded_save_reloads_bit_identical"),
+    "quantizes": (
+        "test_quantizing_gives_what_was_planned", "test_quantizes_in_a_process_that_imports_only_transformers",
+    ),
+    "reloads bit-identical": (
+        "test_reloads_bit_identical_in_a_fresh_process", "test_sharded_save_reloads_bit_identical",
+    ),
     "fused experts": ("test_mixture_of_experts_is_quantized_whole",),
     "LoRA trains": ("test_lora_trains",),
     "LoRA merges": ("test_lora_merges_and_reloads",),
@@ -55,7 +59,8 @@ def methods_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"From {total} runs of the conformance kit's tests on {result['date']}: Python {result['python']}, {versions}; CPU only.",
+            f"From {total} runs of the conformance kit's tests on {result['date']}: Python {result['python']}, {versions}; "
+            "CPU only.",
         ]
     )
 
@@ -72,7 +77,10 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
             f"| {name} | {row['preset']} | {row['bits']:.3f} | {row['megabytes']:.1f} | {row['perplexity']:.3f} | "
             f"{row['kl_mean']:.4f} | {100 * row['top1']:.2f} % |"
         )
-    note = "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` prints it with the speeds of your machine."
+    note = (
+        "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` prints it with the speeds of "
+        "your machine."
+    )
     return "\n".join([*lines, "", note])
 
 

@@ -164,8 +164,8 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading in ("method", "preset") else "right")
     for row in rows:
         table.add_row(
-            row.method, row.preset, f"{row.bits:.3f}", f"{row.megabytes:.1f}", f"{row.perplexity:.3f}", f"{row.kl_mean:.4f}",
-            f"{100 * row.top1:.2f}", f"{row.tokens_per_second:.0f}", f"{row.seconds:.1f}",
+            row.method, row.preset, f"{row.bits:.3f}", f"{row.megabytes:.1f}", f"{row.perplexity:.3f}",
+            f"{row.kl_mean:.4f}", f"{100 * row.top1:.2f}", f"{row.tokens_per_second:.0f}", f"{row.seconds:.1f}",
         )  # fmt: skip
     console.print(table)
     if silent:

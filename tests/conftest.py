@@ -23,8 +23,8 @@ def doclm() -> Path:
 @pytest.fixture(scope="session")
 def pow2() -> str:
     """The name of the example method, registered in this process unless it is installed."""
-    from qhub.registry import registry
     from qhub.integrations.transformers import install
+    from qhub.registry import registry
 
     if "pow2" not in registry.list():
         folder = ROOT / "examples" / "third_party_plugin" / "pow2_quant"

@@ -21,7 +21,6 @@ from qhub.cli.explain import explain
 from qhub.cli.inspect_ import inspect
 from qhub.cli.list_ import list_methods
 from qhub.cli.new_plugin import new_plugin
-from qhub.cli.new_plugin import new_plugin
 from qhub.cli.output import fail, json_wanted, working
 from qhub.cli.quantize import quantize
 from qhub.errors import QhubError
@@ -151,5 +150,4 @@ app.command("quantize")(quantize)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
 app.command("explain")(explain)
-app.command("new-plugin")(new_plugin)
 app.command("new-plugin")(new_plugin)

@@ -61,8 +61,8 @@ def test_offload_to_the_cpu_with_a_device_map(source, doclm, pow2, model, tmp_pa
     if source == "quantized":
         model.save_pretrained(tmp_path / "q")
         folder, arguments = tmp_path / "q", {}
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0, "model.layers.3": "cpu",
-              "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}  # fmt: skip
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0,
+              "model.layers.3": "cpu", "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}  # fmt: skip
     split = AutoModelForCausalLM.from_pretrained(folder, device_map=places, dtype=torch.float32, **arguments)
     with torch.no_grad():
         found = split(IDS.cuda()).logits.cpu()

@@ -34,7 +34,9 @@ class Case:
     @property
     def layout(self) -> Affine:
         """Return the layout that the config plans for the layer's shape."""
-        planned = plan(self.config, [WeightInfo("known.weight", *self.dequantized.shape, torch.float16)])["known.weight"]
+        planned = plan(self.config, [WeightInfo("known.weight", *self.dequantized.shape, torch.float16)])[
+            "known.weight"
+        ]
         assert isinstance(planned, LayerPlan)
         assert isinstance(planned.layout, Affine)
         return planned.layout
@@ -86,8 +88,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def borrowing() -> Case:
-    """Return a v1 layer with zeros of 0 among others."""
-    return KNOWN["b4-g32-asym/mlp.down_proj"]
+    """Return a v1 layer, asymmetric, one of whose zeros is 0."""
+    return KNOWN["b4-g32-asym/mlp.gate_proj"]
 
 
 @pytest.fixture

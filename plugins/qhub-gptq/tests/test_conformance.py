@@ -12,9 +12,7 @@ _DATA = Path(__file__).parent / "data"
 class TestGptq(MethodConformance):
     method = "gptq"
     can_quantize = False
-    checkpoint = [
-        _DATA / f"tiny-llama-{case}" for case in ("b4-g32-act", "b4-g32-asym", "b3-g128-act-asym-v2")
-    ]
+    checkpoint = [_DATA / f"tiny-llama-{case}" for case in ("b4-g32-act", "b4-g32-asym", "b3-g128-act-asym-v2")]
     bad_configs = [
         {"bits": 5},
         {"bits": 4, "group_size": 0},

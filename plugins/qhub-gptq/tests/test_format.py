@@ -19,7 +19,7 @@ from qhub.errors import LayoutError
 
 
 def test_reading_gives_the_weights_that_gptqmodel_gives(known: Any) -> None:
-    """The product of 11 and at most 8 bits is exact in float32; rounded once to float16 it is what gptqmodel computes."""
+    """A product of 11 and at most 9 bits is exact in float32; rounded once to float16 it is gptqmodel's."""
     layout, parts = known.format.unpack(known.layout, known.entries)
     layout.validate(parts)
     layout.check_values(parts)
@@ -133,7 +133,7 @@ def test_features_in_order_need_no_index(known: Any) -> None:
 
 
 def test_the_file_decides_about_order_and_zeros(act_order: Any, borrowing: Any) -> None:
-    """A config that says desc_act=false or sym=true beside tensors that say otherwise: as gptqmodel, read the tensors."""
+    """A config that says desc_act=false or sym=true beside other tensors: the tensors are read, as gptqmodel does."""
     plain = dataclasses.replace(act_order.layout, transforms=())
     layout, parts = act_order.format.unpack(plain, act_order.entries)
     assert layout.transforms == ACT_ORDER

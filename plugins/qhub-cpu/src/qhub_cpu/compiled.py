@@ -22,7 +22,8 @@ _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 def device(function: Callable) -> Any:
     """Compile a function that compiled code calls; it is merged into its callers, so constants given to it fold."""
-    return njit(forceinline=True, **_OPTIONS)(function)
+    # Python never calls it: without wrappers it is compiled a quarter faster.
+    return njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
 def entry(function: Callable) -> Any:

@@ -1,5 +1,4 @@
-"""Lays the input of a product out: float32, rows padded with zeros to whole vectors, columns in the order the weights
-come.
+"""Lays the input of a product out: float32, rows padded to whole vectors, columns in the order the weights come.
 
 Also rounds inputs to int8 where the layout says so: LLM.int8() (Dettmers et al. 2022, eq. 8) with the conventions of
 :func:`qhub.kernels.reference.linear_int8`. Where the weights are no int8 matrix, a rounded entry is kept as the float
@@ -46,11 +45,11 @@ def lay_out(x, kind, m, k, row, paired, target):
 
 
 @device
-def mark_outliers(x, kind, m, k, row, threshold, columns):
+def mark_outliers(x, kind, m, k, threshold, columns):
     """Set the bytes at ``columns`` to 1 for columns that reach ``threshold`` in some row, else to 0; return how many
     do.
 
-    Rows are ``row`` numbers apart; a threshold of 0 marks none.
+    A threshold of 0 marks none.
     """
     for column in range(k):
         store_u8(columns + column, 0)
@@ -58,7 +57,7 @@ def mark_outliers(x, kind, m, k, row, threshold, columns):
         return 0
     for i in range(m):
         for column in range(k):
-            if abs(number(x, kind, i * row + column)) >= threshold:
+            if abs(number(x, kind, i * k + column)) >= threshold:
                 store_u8(columns + column, 1)
     count = 0
     for column in range(k):
@@ -90,7 +89,7 @@ def round_int8(rows, m, k, threshold, columns):
     ``columns``: address of ``k`` bytes to work in. Steps do not depend on the order of the columns, nor on padding
     with zeros.
     """
-    mark_outliers(rows, F32, m, k, k, threshold, columns)
+    mark_outliers(rows, F32, m, k, threshold, columns)
     for i in range(m):
         step = int8_step(rows, F32, i * k, k, threshold)
         for column in range(k):
@@ -101,9 +100,8 @@ def round_int8(rows, m, k, threshold, columns):
 
 @device
 def int8_codes(x, kind, m, k, threshold, columns, codes, steps):
-    """Write the int8 codes of ``m`` rows and their float32 steps, 0 in outlier columns; return how many columns those
-    are."""
-    count = mark_outliers(x, kind, m, k, k, threshold, columns)
+    """Write the int8 codes of ``m`` rows, 0 in outlier columns, and their steps; return how many columns those are."""
+    count = mark_outliers(x, kind, m, k, threshold, columns)
     for i in range(m):
         step = int8_step(x, kind, i * k, k, threshold)
         store_f32(steps + 4 * i, step)

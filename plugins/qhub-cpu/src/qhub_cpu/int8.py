@@ -41,10 +41,9 @@ def accepts(problem: Problem) -> str | None:
 
 
 def int8_product(x: Tensor, layout: Affine, parts: Parts, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias`` (M, N) in x's dtype for x (M, K) float32, bfloat16 or float16, rounded to int8 per
-    row."""
+    """Return ``x @ W.T + bias`` (M, N) in x's dtype, for x (M, K) float32, bfloat16 or float16 rounded to int8."""
     (m, k), n = x.shape, layout.out_features
-    weight, scales = parts["qweight"], parts["scales"].contiguous()
+    weight, scales = parts["qweight"].contiguous(), parts["scales"].contiguous()
     codes = torch.empty((m, k), dtype=torch.int8)
     # Steps of the rows, and behind them a byte a column.
     work = torch.empty(m + -(-k // 4), dtype=torch.float32)

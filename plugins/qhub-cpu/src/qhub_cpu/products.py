@@ -24,11 +24,12 @@ from qhub_cpu.vectors import (
     store_vector_bf16,
     store_vector_f16,
     total,
+    word,
     zero_vector,
     zip_high,
     zip_low,
 )
-from qhub_cpu.weights import group_values, number, quantity, table_vector, tail, weights16, word
+from qhub_cpu.weights import group_values, number, quantity, table_vector, tail, weights16
 from qhub_cpu.words import (
     BIAS,
     BIAS_KIND,
@@ -233,7 +234,7 @@ def write16(address, w, kind):
 
 @cache
 def decoder(v: Variant, kind: int) -> Any:
-    """Return the compiled body that writes a thread's rows of W as float type ``kind``, row 0 at the output's address."""
+    """Return the compiled body that writes a thread's rows of W as type ``kind``, row 0 at the output's address."""
     key = seal()
     size = 4 if kind == F32 else 2
 

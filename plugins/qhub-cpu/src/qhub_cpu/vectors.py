@@ -58,6 +58,7 @@ __all__ = [
     "sub",
     "to_float",
     "total",
+    "word",
     "zero_vector",
     "zip_high",
     "zip_low",
@@ -148,8 +149,7 @@ def _widen_bf16(builder: Any, value: Any) -> Any:
 
 
 def _near_bf16(builder: Any, value: Any, kind: Any, splat: Callable) -> Any:
-    """Return the bits of float32 ``value``, the upper 16 of which are those of the nearest bfloat16, ties to even; no
-    NaN."""
+    """Return bits the upper 16 of which are the bfloat16 nearest to ``value``, which is no NaN; ties to even."""
     bits = builder.bitcast(value, kind)
     odd = builder.and_(builder.lshr(bits, splat(16)), splat(1))
     return builder.add(builder.add(bits, splat(0x7FFF)), odd)
@@ -191,6 +191,16 @@ store_vector_bf16 = _storer(ir.VectorType(_I16, LANES), _narrow_vector_bf16, _fl
 store_vector_f16 = _storer(
     ir.VectorType(_F16, LANES), lambda b, v: b.fptrunc(v, ir.VectorType(_F16, LANES)), _floats, 2
 )
+
+
+def _word(context: Any, builder: Any, values: Any) -> Any:
+    loaded = builder.load(builder.gep(builder.inttoptr(values[0], _I64.as_pointer()), [values[1]]))
+    loaded.align = 8
+    return loaded
+
+
+# Word ``place`` of an argument block; no device function, which would be compiled once for each place.
+word = _make(types.int64, (types.intp, types.int64), _word)
 
 
 @intrinsic

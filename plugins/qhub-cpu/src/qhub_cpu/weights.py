@@ -29,7 +29,6 @@ from qhub_cpu.vectors import (
     load_i8,
     load_u8,
     load_vector,
-    load_word,
     mul,
     pick,
     round_bf16,
@@ -39,15 +38,10 @@ from qhub_cpu.vectors import (
     store_u8,
     sub,
     to_float,
+    word,
 )
 
-__all__ = ["group_values", "number", "quantity", "table_vector", "tail", "weights16", "word"]
-
-
-@device
-def word(block, place):
-    """Return a word of the argument block."""
-    return load_word(block + 8 * place)
+__all__ = ["group_values", "number", "quantity", "table_vector", "tail", "weights16"]
 
 
 @device
@@ -148,7 +142,7 @@ def weights16(address, values, scale, zero, v):
 
 @device
 def tail(address, count, memory):
-    """Copy ``count`` bytes to the 16 at ``memory`` and return ``memory``: a whole vector may then be read from there."""
+    """Copy ``count`` bytes to the 16 at ``memory`` and return it: a whole vector may then be read from there."""
     for index in range(16):
         store_u8(memory + index, load_u8(address + index) if index < count else 0)
     return memory

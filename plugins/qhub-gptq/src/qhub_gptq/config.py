@@ -13,8 +13,8 @@ __all__ = ["FORMATS", "OTHER_KEYS", "check", "spec"]
 
 FORMATS = ("gptq", "gptq_v2")
 
-# What config.json files hold besides the parameters of transformers' GPTQConfig. None of it changes how tensors are read,
-# except the keys of _NEUTRAL below and ``dynamic``.
+# What config.json files hold besides the parameters of transformers' GPTQConfig. None of it changes how tensors are
+# read, except the keys of _NEUTRAL below and ``dynamic``.
 OTHER_KEYS = frozenset(
     {
         # gptqmodel 1 to 7: QuantizeConfig.to_dict (gptqmodel/quantization/config.py)
@@ -25,12 +25,14 @@ OTHER_KEYS = frozenset(
         "awq_gemm_checkpoint", "is_marlin_format", "model_file_base_name", "model_name_or_path",
         # optimum and earlier transformers
         "disable_exllama", "exllama_config", "use_cuda_fp16", "use_exllama",
-        # AutoRound's export to this format (auto_round/export/export_to_autogptq)
-        "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version", "data_type",
-        "enable_alg_ext", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "extra_config",
-        "gradient_accumulate_steps", "iters", "low_cpu_mem_usage", "low_gpu_mem_usage", "lr", "minmax_lr", "nsamples",
-        "provider", "quant_block_list", "quant_lm_head", "scale_dtype", "seqlen", "super_bits", "super_group_size",
-        "to_quant_block_names", "train_bs",
+        # AutoRound's export to this format (auto_round/export/export_to_autogptq/export.py)
+        "act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version",
+        "data_type", "enable_alg_ext", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input",
+        "extra_config", "gradient_accumulate_steps", "iters", "low_cpu_mem_usage", "low_gpu_mem_usage", "lr",
+        "minmax_lr", "nsamples", "provider", "quant_block_list", "quant_lm_head", "regex_config", "rotation_configs",
+        "scale_dtype", "seqlen", "static_attention_dtype", "static_attention_granularity", "static_kv_dtype",
+        "static_kv_granularity", "super_bits", "super_group_size", "supported_types", "to_quant_block_names",
+        "train_bs",
     }
 )  # fmt: skip
 
@@ -44,14 +46,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "awq_gemm_checkpoint": (False, None),
     "data_type": ("int", None),
     "act_bits": (16, 32, None),
+    "rotation_configs": ([], None),
 }
 
 
 def spec() -> ConfigSpec:
     """Return the description of transformers' GPTQConfig, for every key that its files hold."""
-    return ConfigSpec(
-        cls="qhub_gptq.gptq_config:GPTQConfig", keys=OTHER_KEYS | {"checkpoint_format"}, check=check
-    )
+    return ConfigSpec(cls="qhub_gptq.gptq_config:GPTQConfig", keys=OTHER_KEYS | {"checkpoint_format"}, check=check)
 
 
 def check(config: Any) -> None:
@@ -66,8 +67,8 @@ def check(config: Any) -> None:
             raise ConfigError(f"{name}={getattr(config, name)!r} of a gptq config: it is true or false")
     if config.format not in FORMATS:
         raise ConfigError(
-            f"format={config.format!r} of a gptq config: this plugin reads and writes {' and '.join(FORMATS)}. gptqmodel "
-            "converts others to these"
+            f"format={config.format!r} of a gptq config: this plugin reads and writes {' and '.join(FORMATS)}. "
+            "gptqmodel converts others to these"
         )
     for name, allowed in _NEUTRAL.items():
         value = getattr(config, name, None)

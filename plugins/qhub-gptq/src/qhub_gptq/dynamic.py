@@ -1,9 +1,9 @@
 """gptqmodel's ``dynamic``: settings by module, as ``{"+:regex": {"bits": 8}, "-:regex": {}}``.
 
 Source: gptqmodel 7.7, ``_resolve_dynamic_override`` and ``BaseQuantizeConfig.__post_init__``
-(gptqmodel/quantization/config.py). A pattern matches from the start of a module's name. ``-:`` leaves modules out and goes
-first, whatever the order in the file; of the others (``+:`` or no mark) the first that matches holds, and what it does
-not say is as in the config itself.
+(gptqmodel/quantization/config.py). A pattern matches from the start of a module's name. ``-:`` leaves modules out and
+goes first, whatever the order in the file; of the others (``+:`` or no mark) the first that matches holds, and what it
+does not say is as in the config itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _DENSE_BITS = (16, 32)
 # What only steered the quantizing; a reader has no use for it.
 _IGNORED = frozenset(
     {
-        "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "damp_auto_increment",
-        "damp_percent", "fallback", "fixed_by_user", "foem", "gptaq", "hessian", "mse", "scale_dtype", "smooth",
-        "smoother", "static_groups", "super_bits", "super_group_size", "true_sequential",
+        "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym",
+        "damp_auto_increment", "damp_percent", "fallback", "fixed_by_user", "foem", "gptaq", "hessian", "mse",
+        "scale_dtype", "smooth", "smoother", "static_groups", "super_bits", "super_group_size", "true_sequential",
     }
 )  # fmt: skip
 

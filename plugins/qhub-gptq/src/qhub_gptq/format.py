@@ -110,8 +110,12 @@ class GptqFormat(Format):
                 continue
             found = entries[name]
             if tuple(found.shape) != entry.shape or found.dtype not in entry.dtypes:
-                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+                wanted = " or ".join(_name(dtype) for dtype in entry.dtypes)
                 raise LayoutError(
-                    f"entry {name!r} is {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}, expected {wanted} "
-                    f"{entry.shape} for {layout.bits} bits in groups of {layout.grid.cols}"
+                    f"entry {name!r} is {_name(found.dtype)} {tuple(found.shape)}, expected {wanted} {entry.shape} for "
+                    f"{layout.bits} bits in groups of {layout.grid.cols}"
                 )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """The config class of the plugin: transformers' GPTQConfig, which keeps every key of a ``config.json``.
 
-transformers' own class drops the keys it does not know, ``dynamic`` and ``lm_head`` among them, and asks for the optimum
-package when ``modules_in_block_to_quantize`` is set. Neither is what reading a checkpoint needs.
+transformers' own class drops the keys it does not know, ``dynamic`` and ``lm_head`` among them, and asks for the
+optimum package when ``modules_in_block_to_quantize`` is set. Neither is what reading a checkpoint needs.
 """
 
 from __future__ import annotations

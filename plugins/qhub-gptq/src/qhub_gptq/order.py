@@ -1,8 +1,8 @@
 """Group indices to and from permutations: how act-order is stored and how it runs.
 
-A file holds ``g_idx``: the group of each input feature. A layout wants the members of a group side by side: the permutation
-``perm`` that takes feature ``perm[j]`` to place j, group ``j // group_size``. Within a group the features keep their order,
-so either follows from the other.
+A file holds ``g_idx``: the group of each input feature. A layout wants the members of a group side by side: the
+permutation ``perm`` that takes feature ``perm[j]`` to place j, group ``j // group_size``. Within a group the features
+keep their order, so either follows from the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def permutation(g_idx: Tensor, group_size: int) -> Tensor | None:
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise LayoutError(
-            f"entry 'g_idx' holds {low if low < 0 else high}, the {count} input features have the groups 0 to {groups - 1}"
+            f"entry 'g_idx' holds {low if low < 0 else high}, the {count} input features have the groups 0 to "
+            f"{groups - 1}: the file is damaged, or group_size={group_size} is not the file's"
         )
     if not torch.equal(g_idx.sort().values, plain):
         sizes = torch.bincount(g_idx.to(torch.int64), minlength=groups)

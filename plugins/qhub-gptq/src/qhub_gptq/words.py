@@ -1,9 +1,9 @@
 """Strings of bits in 32-bit words, and the zeros of format v1.
 
-A row of codes is one little-endian string of bits: code i is bits ``[b*i, b*i + b)``, cut into 32-bit words, the last one
-filled up with zeros. Codes of 3 bits straddle words (values 10 and 21 of every 32). Source: gptqmodel 7.7, ``pack_block``
-and ``dequantize_weight`` (gptqmodel/nn_modules/qlinear/__init__.py). In memory this is what
-:mod:`qhub.layouts.packing` keeps, in bytes.
+A row of codes is one little-endian string of bits: code i is bits ``[b*i, b*i + b)``, cut into 32-bit words, the last
+one filled up with zeros. Codes of 3 bits straddle words (values 10 and 21 of every 32). Source: gptqmodel 7.7,
+``pack_block`` and ``dequantize_weight`` (gptqmodel/nn_modules/qlinear/__init__.py). :mod:`qhub.layouts.packing` keeps
+the same string in bytes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def unpack_zeros(words: Tensor, bits: int, count: int, v1: bool) -> Tensor:
     """Return the zeros (G, count) uint8 that ``words`` (G, word_count(count)) int32 hold.
 
     ``v1``: the format stores zero - 1. gptqmodel takes that 1 off whole words, so a zero of 0 borrows from the next
-    field; adding it to whole words gives back every zero. 3-bit fields straddle words and wrap each for itself, modulo 8.
-    Source: ``convert_gptq_v2_to_v1_format_module`` (gptqmodel/utils/model.py).
+    field; adding it to whole words gives back every zero. 3-bit fields straddle words and wrap each for itself, modulo
+    8. Source: ``convert_gptq_v2_to_v1_format_module`` (gptqmodel/utils/model.py).
     """
     if v1 and bits != 3:
         words = _add(words, _ONES[bits])

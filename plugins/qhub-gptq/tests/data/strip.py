@@ -1,4 +1,4 @@
-"""Makes this folder's data from checkpoints that gptqmodel 7.7.0 wrote (one-layer Llamas, quantized with 24 x 64 tokens).
+"""Makes this folder's data from checkpoints that gptqmodel 7.7.0 wrote (one-layer Llamas).
 
     python strip.py FOLDER
 
@@ -22,7 +22,9 @@ HERE = Path(__file__).parent
 CASES = ("b2-g32", "b3-g32", "b4-g32", "b8-g32", "b4-g32-asym", "b4-g32-act", "b3-g128-act-asym-v2")
 # v1 with act-order; zeros of 0 that borrow; v2, 3 bits, act-order in two groups.
 WHOLE = ("b4-g32-act", "b4-g32-asym", "b3-g128-act-asym-v2")
-KV, DOWN = "self_attn.k_proj", "mlp.down_proj"
+LAYERS = {case: ("self_attn.k_proj", "mlp.down_proj") if "act" in case else ("self_attn.k_proj",) for case in CASES}
+# One of its zeros is 0.
+LAYERS["b4-g32-asym"] = ("self_attn.k_proj", "mlp.gate_proj")
 
 
 def main(folder: Path) -> None:
@@ -32,7 +34,7 @@ def main(folder: Path) -> None:
         weights, reference = load_file(source / "model.safetensors"), load_file(source / "reference.safetensors")
         values = json.loads((source / "config.json").read_text())["quantization_config"]
         configs[case] = values
-        for module in (KV, DOWN) if case in WHOLE else (KV,):
+        for module in LAYERS[case]:
             prefix = f"model.layers.0.{module}"
             for entry in ("qweight", "qzeros", "scales", "g_idx"):
                 tensors[f"{case}/{module}/{entry}"] = weights[f"{prefix}.{entry}"]
