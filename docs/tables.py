@@ -59,8 +59,8 @@ def methods_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"From {total} runs of the conformance kit's tests on {result['date']}: Python {result['python']}, {versions}; "
-            "CPU only.",
+            f"From {total} runs of the conformance kit's tests on {result['date']}: Python {result['python']}, "
+            f"{versions}; CPU only.",
         ]
     )
 

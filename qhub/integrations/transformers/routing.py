@@ -103,10 +103,24 @@ def find_routes(
             problems.append(
                 f"{route.target.name} is made of {wanted} matrices, found {len(route.sources)} ({', '.join(have)}, ...)"
             )
+    dense = {key: tensor for key, tensor in dense.items() if not _adds_nothing(tensor, stored, names)}
     problems += names.compare(set(routes), dense)
     if problems:
         raise report("the checkpoint does not fit the model", problems)
     return list(routes.values())
+
+
+def _adds_nothing(tensor: FileTensor, stored: Mapping[str, StoredWeight], names: _Names) -> bool:
+    """Return whether ``tensor`` is a bias of zeros beside a quantized weight whose layer has none in the model.
+
+    Some quantizers' layers always had a bias, so their checkpoints hold one for every layer.
+    """
+    prefix, _, local = tensor.key.rpartition(".")
+    if local != "bias" or prefix not in stored or len(tensor.shape) != 1 or names.of(tensor.key)[0] in names.meta:
+        return False
+    if tensor.file.suffix != ".safetensors":
+        return False
+    return not bool(_read_later(tensor)().any())
 
 
 def _matrices(route: Route) -> int:
