@@ -133,9 +133,8 @@ def main() -> None:
     before = machine()
     found = measure(arguments.model, arguments.rounds, arguments.seed)
     for name, row in found.items():
-        print(
-            f"{name:28s} {row['tokens_per_second']:8.2f} tokens/s  {row['speed_over_bf16']:6.3f} x bf16  {row['kernels']}"
-        )
+        speeds = f"{row['tokens_per_second']:8.2f} tokens/s  {row['speed_over_bf16']:6.3f} x bf16"
+        print(f"{name:28s} {speeds}  {', '.join(row['kernels'])}")
     known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {"models": {}}
     known["models"].setdefault(Path(arguments.model).name, {})[f"{before['threads']} threads"] = {
         "date": datetime.date.today().isoformat(),

@@ -82,17 +82,23 @@ def draw(rows: list[Row], base: float, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=120)
-    for method in dict.fromkeys(row.method for row in rows):
+    for order, method in enumerate(dict.fromkeys(row.method for row in rows)):
         points = [row for row in rows if row.method == method]
         axes.scatter([p.bits for p in points], [p.perplexity for p in points], s=48, label=method, zorder=3)
         for point in points:
+            # Methods of the same size lie close together: every second one is labelled below its points.
+            place = (5, 6) if order % 2 else (5, -13)
             axes.annotate(
-                point.preset, (point.bits, point.perplexity), xytext=(5, 5), textcoords="offset points", fontsize=8
+                point.preset, (point.bits, point.perplexity), xytext=place, textcoords="offset points", fontsize=8
             )
     axes.axhline(base, color="0.5", linewidth=1, linestyle="--", label="16-bit model")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([10, 13, 15, 20, 30, 50, 100, 200]))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("bits per quantized weight, scales and zeros counted")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_title("doclm-5m, every installed method")
