@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "hatchling>=1.25" "editables>=0.5"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]" $(foreach plugin,$(PLUGINS),-e $(plugin))
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]" $(foreach plugin,$(PLUGINS),-e $(plugin)) -e examples/third_party_plugin
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -154,8 +154,9 @@ def main() -> None:
 
     jobs, silent = [], []
     for name in plugins.list():
-        presets = plugins.call(name, "qhub_config").presets
-        if plugins.has(name, "qhub_quantize") and presets:
+        # A method without presets is measured with its defaults.
+        presets = plugins.call(name, "qhub_config").presets or {"defaults": {}}
+        if plugins.has(name, "qhub_quantize"):
             jobs += [(name, preset, dict(values)) for preset, values in presets.items()]
         else:
             silent.append(name)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qhub.testing.hub_server import HubServer
 
@@ -76,7 +77,7 @@ def user(plugin_path: str) -> Callable[..., list[dict[str, Any]]]:
         path = os.pathsep.join(filter(None, [plugin_path, os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
             [sys.executable, "-c", _LOAD, json.dumps(calls)],
-            env={**os.environ, **environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, **environment, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())},
             capture_output=True,
             text=True,
             timeout=120,
