@@ -1,7 +1,7 @@
 """Writes the tables of the README from committed results; ``make tables`` runs it, a test checks that nothing is stale.
 
 ``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``,
-``benchmarks/results/demo.json`` from ``python examples/demo.py --out DIR`` (its ``demo.json`` and, as
+``benchmarks/results/demo.json`` from ``python examples/demo.py --windows 24 --out DIR`` (its ``demo.json`` and, as
 ``docs/images/demo.png``, its picture).
 """
 
@@ -78,7 +78,7 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
             f"{row['kl_mean']:.4f} | {100 * row['top1']:.2f} % |"
         )
     note = (
-        "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` prints it with the speeds of "
+        "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` reads 6 windows and adds the speeds of "
         "your machine."
     )
     return "\n".join([*lines, "", note])

@@ -142,7 +142,7 @@ def through_the_hub(model: Any, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens to read (the protocol: 24)")
+    parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens to read; the protocol has 24")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
