@@ -78,8 +78,8 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
             f"{row['kl_mean']:.4f} | {100 * row['top1']:.2f} % |"
         )
     note = (
-        "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` reads 6 windows and adds the speeds of "
-        "your machine."
+        "doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt; `make demo` reads 6 windows and adds the "
+        "speeds of your machine."
     )
     return "\n".join([*lines, "", note])
 
