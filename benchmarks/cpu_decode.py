@@ -51,6 +51,8 @@ def configurations() -> dict[str, Configuration]:
         "NF4 nested": Configuration(nested),
         "NF4 nested, bf16 compute": Configuration(BitsAndBytesConfig(**_NF4, bnb_4bit_compute_dtype=torch.bfloat16)),
         "HQQ 4-bit g64": Configuration(HqqConfig(nbits=4, group_size=64)),
+        "HQQ 2-bit g64": Configuration(HqqConfig(nbits=2, group_size=64)),
+        "HQQ 8-bit g64": Configuration(HqqConfig(nbits=8, group_size=64)),
         "LLM.int8()": Configuration(BitsAndBytesConfig(load_in_8bit=True)),
     }
 

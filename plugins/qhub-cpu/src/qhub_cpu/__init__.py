@@ -1,7 +1,10 @@
 """Kernels for CPUs: products with quantized weights that read the packed codes where they lie. No method is named here.
 
 variants.py   what code is compiled for
-vectors.py    16 lanes for numba
+llvm.py       how an LLVM operation becomes a function for numba
+memory.py     loads, stores and calls by address
+vectors.py    arithmetic of 16 lanes
+codes.py      reading codes, looking them up
 weights.py    codes to weights
 products.py   what a thread runs
 inputs.py     how the input is laid out, rounded to int8 where the layout asks for it

@@ -17,13 +17,14 @@ from numba import cfunc, njit, types
 __all__ = ["body", "device", "entry", "keeps_code", "seal"]
 
 # "numpy": a division by zero gives infinity as in torch, and leaves no branch that would raise.
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def device(function: Callable) -> Any:
     """Compile a function that compiled code calls; it is merged into its callers, so constants given to it fold."""
     # Python never calls it: without wrappers it is compiled a quarter faster.
-    return njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    options = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
+    return njit(**options)(function)
 
 
 def entry(function: Callable) -> Any:

@@ -11,8 +11,8 @@ import numpy as np
 from numba import float32, int64
 
 from qhub_cpu.compiled import device
+from qhub_cpu.memory import load_f32, load_u8, store_f32, store_u8
 from qhub_cpu.variants import F32
-from qhub_cpu.vectors import load_f32, load_u8, store_f32, store_u8
 from qhub_cpu.weights import number
 
 __all__ = ["int8_codes", "lay_out", "padded", "round_int8"]

@@ -16,9 +16,9 @@ from torch import Tensor
 from qhub.layouts import Affine, Parts
 from qhub_cpu.compiled import entry, seal
 from qhub_cpu.inputs import int8_codes
+from qhub_cpu.memory import load_f32, load_i32, store_bf16, store_f32
 from qhub_cpu.plans import FLOAT_KINDS
 from qhub_cpu.variants import BF16, NONE
-from qhub_cpu.vectors import load_f32, load_i32, store_bf16, store_f32
 from qhub_cpu.weights import number
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from numba import float32
 
 from qhub_cpu.compiled import entry, seal
 from qhub_cpu.inputs import lay_out, padded, round_int8
+from qhub_cpu.memory import call_body, call_fork, load_f32, load_word, stack_memory, store_word, word
 from qhub_cpu.variants import F32
-from qhub_cpu.vectors import call_body, call_fork, load_f32, load_word, stack_memory, store_word, word
 from qhub_cpu.words import (
     BIAS,
     BIAS_KIND,

@@ -5,17 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from qhub_cpu.codes import codes8, high_half, pick
 from qhub_cpu.compiled import body, device, seal
-from qhub_cpu.variants import BF16, F32, NONE, Variant
-from qhub_cpu.vectors import (
-    add,
+from qhub_cpu.memory import (
     call_count,
-    codes8,
-    fma,
-    high_half,
     load_u8,
     load_vector,
-    pick,
     stack_memory,
     store_bf16,
     store_f32,
@@ -23,12 +18,10 @@ from qhub_cpu.vectors import (
     store_vector,
     store_vector_bf16,
     store_vector_f16,
-    total,
     word,
-    zero_vector,
-    zip_high,
-    zip_low,
 )
+from qhub_cpu.variants import BF16, F32, NONE, Variant
+from qhub_cpu.vectors import add, fma, total, zero_vector, zip_high, zip_low
 from qhub_cpu.weights import group_values, number, quantity, table_vector, tail, weights16
 from qhub_cpu.words import (
     BIAS,

@@ -9,37 +9,11 @@ from __future__ import annotations
 
 from numba import float32
 
+from qhub_cpu.codes import codes1, codes2, codes3, codes4, codes5, codes6, codes7, codes8, pick, signed8, to_float
 from qhub_cpu.compiled import device
+from qhub_cpu.memory import load_bf16, load_f16, load_f32, load_i8, load_u8, load_vector, store_f32, store_u8, word
 from qhub_cpu.variants import BF16, CONSTANT, F16, F32, I8, LOOKUP, NONE, VALUE
-from qhub_cpu.vectors import (
-    add,
-    broadcast,
-    codes1,
-    codes2,
-    codes3,
-    codes4,
-    codes5,
-    codes6,
-    codes7,
-    codes8,
-    lanes,
-    load_bf16,
-    load_f16,
-    load_f32,
-    load_i8,
-    load_u8,
-    load_vector,
-    mul,
-    pick,
-    round_bf16,
-    round_f16,
-    signed8,
-    store_f32,
-    store_u8,
-    sub,
-    to_float,
-    word,
-)
+from qhub_cpu.vectors import add, broadcast, lanes, mul, round_bf16, round_f16, sub
 
 __all__ = ["group_values", "number", "quantity", "table_vector", "tail", "weights16"]
 
