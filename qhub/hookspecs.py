@@ -81,9 +81,30 @@ class QuantizerPlugin:
 
         Called: addressed, once per matrix (fused experts one at a time), on the weight's device, without gradients.
         ``weight``: (layout.out_features, layout.in_features), in the dtype it was loaded in; do not write into it.
-        ``statistics``: those that the plan asked for, by name; empty otherwise. Returns ``{part name: tensor}``,
-        exactly the layout's parts. A method that only loads checkpoints leaves this hook out; asking it to quantize is
-        then refused.
+        ``statistics``: those that the plan asked for, by name (:mod:`qhub.calibration.statistics` defines each), for
+        the input of this very layer; empty otherwise. Returns ``{part name: tensor}``, exactly the layout's parts. A
+        plan that says ``rows_independent`` gets the layers that share an input and a layout as one tall matrix. A
+        method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_equalize(
+        self,
+        config: Any,
+        weights: Mapping[str, Tensor],
+        layouts: Mapping[str, Layout],
+        statistics: Mapping[str, Tensor],
+        tied: Tensor | None,
+    ) -> Tensor | None:
+        """Choose input scales for layers that read the same input, before any of them is quantized.
+
+        Called: addressed, for methods that calibrate, once per group of layers with a common input. ``weights``: by
+        name, each (N_i, K), still dense; ``layouts``: of those that will be quantized (others only share the input);
+        ``statistics``: of that input, as the plans ask. ``tied``: (K,) int64 where features with equal numbers must get
+        equal scales, because one number of the preceding operation stands for all of them (query heads that share a
+        value head); None: all are free. Returns s, (K,) float32, finite and above zero: the weights' columns are
+        multiplied by it and the input is divided by it, in the preceding operation where that is possible, else by the
+        layout's input scale. None: leave this group as it is.
         """
 
     @hookspec(firstresult=True)

@@ -53,12 +53,15 @@ class LayerPlan:
     """Says how one weight will be stored.
 
     ``layout``: of one matrix. ``compute_dtype``: the product runs in it and is cast back; None: in the input's dtype.
-    ``statistics``: names of the input statistics that ``qhub_quantize`` needs; empty for methods without calibration.
+    ``statistics``: names of the input statistics (:mod:`qhub.calibration.statistics`) that ``qhub_quantize`` and
+    ``qhub_equalize`` need; empty for methods without calibration. ``rows_independent``: each row's numbers depend on
+    that row and the statistics alone, so layers that share an input may be quantized as one tall matrix.
     """
 
     layout: Layout
     compute_dtype: torch.dtype | None = None
     statistics: tuple[str, ...] = ()
+    rows_independent: bool = False
 
 
 @dataclass(frozen=True)
