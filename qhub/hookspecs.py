@@ -32,6 +32,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qhub.calibration import CalibrationOptions
     from qhub.config import ConfigSpec
     from qhub.formats import Format
     from qhub.kernels import KernelSpec
@@ -85,6 +86,15 @@ class QuantizerPlugin:
         the input of this very layer; empty otherwise. Returns ``{part name: tensor}``, exactly the layout's parts. A
         plan that says ``rows_independent`` gets the layers that share an input and a layout as one tall matrix. A
         method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_calibration(self, config: Any) -> CalibrationOptions:  # type: ignore[empty-body]
+        """Say what ``config`` asks of the calibration engine: data, samples, order.
+
+        Called: addressed, before a model is calibrated, for methods whose plans ask for statistics. Returns
+        :class:`qhub.calibration.CalibrationOptions`; what the caller gives (``qhub quantize --dataset``) wins over it.
+        None, or no such hook: the engine's defaults.
         """
 
     @hookspec(firstresult=True)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
+from qhub.calibration import CalibrationReport
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
 from qhub.integrations.transformers import routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import entries_of_model
 from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
-from qhub.layouts import Layout
-from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, Skip, WeightInfo, matches
+from qhub.quantizing import Quantization
 from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
 
@@ -45,7 +45,8 @@ def _say_once(message: str) -> None:
 class PluginQuantizer(HfQuantizer):
     """Quantizes and loads a model with the plugin :attr:`method`.
 
-    ``plan``: {parameter: LayerPlan} of the model it worked on. ``skipped``: {parameter: reason}.
+    ``plan``: {parameter: LayerPlan} of the model it worked on. ``skipped``: {parameter: reason}. ``calibration``: what
+    quantizing with statistics found; None for methods without.
     """
 
     method: str
@@ -62,7 +63,8 @@ class PluginQuantizer(HfQuantizer):
         self._model: Any = None
         self._failure: QhubError | None = None
         self._loaded = False
-        self._policies: dict[Layout, AdapterPolicy] = {}
+        self.quantization = Quantization(self.method, quantization_config)
+        self.calibration: CalibrationReport | None = None
         if self.replaces:
             info = registry.list()[self.method]
             _say_once(
@@ -90,11 +92,11 @@ class PluginQuantizer(HfQuantizer):
         return device_map
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.plan
+        return param_name in self.plan and not self.calibrates
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         planned = self.plan.get(param_name)
-        if planned is None:
+        if planned is None or self.calibrates:
             return param.element_size()
         layout = planned.layout
         size = sum(
@@ -119,26 +121,14 @@ class PluginQuantizer(HfQuantizer):
         self._model = weakref.proxy(model)
         self._headers = read_headers(checkpoint_files) if checkpoint_files else {}
         self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
-        self._weights = find_weights(model)
-        self._notice_skips(model, device_map)
         if self.pre_quantized:
+            self._weights = find_weights(model)
+            self._notice_skips(model, device_map)
             return
-        if not registry.has(self.method, "qhub_quantize"):
-            raise UnsupportedError(
-                f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is "
-                "quantized with "
-                f"{self.method} already, or choose another method"
-            )
-        eligible = [info for name, info in self._weights.items() if name not in self.skipped]
-        self.plan = self._ask_plan(eligible)
-        if not self.plan:
-            raise ConfigError(
-                f"nothing in this {type(model).__name__} is left to quantize with {self.method}: "
-                f"{len(self._weights)} weights were "
-                f"found, and skipped for these reasons: {sorted(set(self.skipped.values()))}"
-            )
+        self.plan_for(model, device_map)
         self._check_disk(device_map)
-        put_layers(model, (self._weights[name] for name in self.plan))
+        if not self.calibrates:
+            put_layers(model, (self._weights[name] for name in self.plan))
 
     def _notice_skips(self, model: Any, device_map: Any) -> None:
         config, spec = self.quantization_config, self.spec
@@ -228,7 +218,7 @@ class PluginQuantizer(HfQuantizer):
 
         def build(source: routing.Source, entries: dict[str, Tensor], dtype: torch.dtype) -> QuantizedTensor:
             assert source.plan is not None
-            return routing.build_weight(source, entries, dtype, fmt, self._policy(source.plan.layout))
+            return routing.build_weight(source, entries, dtype, fmt, self.quantization.policy(source.plan.layout))
 
         # First among the conversions: at most one may match a key.
         return [routing.Router(routes, renamings, build), *weight_conversions]
@@ -246,43 +236,46 @@ class PluginQuantizer(HfQuantizer):
 
         Raises :class:`CheckpointError` when they are not finite.
         """
-        info, planned = self._weights[name], self.plan[name]
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{name} holds NaN or infinity and cannot be quantized: the checkpoint is damaged")
-        if info.kind == "conv1d" or info.transposed:
-            weight = weight.transpose(-1, -2)
-        if info.experts is None:
-            result = self._quantize_matrix(weight, planned)
-        else:
-            result = torch.stack([self._quantize_matrix(one, planned) for one in weight])  # type: ignore[assignment]
-        if not isinstance(result, QuantizedTensor):
+        return self.quantization.parameter(self._weights[name], self.plan[name], weight)
+
+    # -- with statistics ---------------------------------------------------------------------------------------------
+
+    @property
+    def calibrates(self) -> bool:
+        """Return whether any planned weight needs statistics of its inputs: then all are quantized after loading."""
+        return not self.pre_quantized and any(planned.statistics for planned in self.plan.values())
+
+    def plan_for(self, model: Any, device_map: Any = None) -> None:
+        """Fill :attr:`plan` and :attr:`skipped` for a dense ``model``.
+
+        Raises :class:`ConfigError` when nothing is left to quantize, :class:`UnsupportedError` when the plugin does not
+        quantize.
+        """
+        if not registry.has(self.method, "qhub_quantize"):
             raise UnsupportedError(
-                f"{name}: the matrices that {self.method} made of its experts cannot be kept in one tensor"
+                f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is "
+                f"quantized with {self.method} already, or choose another method"
             )
-        return result.transpose(-1, -2) if info.transposed else result  # type: ignore[return-value]
+        self._weights = find_weights(model)
+        self._notice_skips(model, device_map)
+        self.plan = self._ask_plan([info for name, info in self._weights.items() if name not in self.skipped])
+        if not self.plan:
+            raise ConfigError(
+                f"nothing in this {type(model).__name__} is left to quantize with {self.method}: {len(self._weights)} "
+                f"weights were found, and skipped for these reasons: {sorted(set(self.skipped.values()))}"
+            )
 
-    def _quantize_matrix(self, weight: Tensor, planned: LayerPlan) -> QuantizedTensor:
-        parts = registry.call(
-            self.method,
-            "qhub_quantize",
-            config=self.quantization_config,
-            weight=weight.contiguous(),
-            layout=planned.layout,
-            statistics={},
-        )
-        return QuantizedTensor.build(
-            planned.layout,
-            parts,
-            weight.dtype,
-            compute_dtype=planned.compute_dtype,
-            policy=self._policy(planned.layout),
-        )
+    def planned_infos(self) -> dict[str, WeightInfo]:
+        """Return what is known of each planned weight."""
+        return {name: self._weights[name] for name in self.plan}
 
-    def _policy(self, layout: Layout) -> AdapterPolicy:
-        if layout not in self._policies:
-            answer = registry.call(self.method, "qhub_adapter", config=self.quantization_config, layout=layout)
-            self._policies[layout] = answer or AdapterPolicy()
-        return self._policies[layout]
+    def _calibrate(self, model: Any) -> None:
+        from qhub.integrations.transformers.calibrating import LiveWorkshop, calibrate, options_of
+
+        options = options_of(self.method, self.quantization_config)
+        self.calibration = calibrate(
+            model, self.planned_infos(), self.plan, self.quantization, options, LiveWorkshop(model)
+        )
 
     # -- after loading -----------------------------------------------------------------------------------------------
 
@@ -292,6 +285,8 @@ class PluginQuantizer(HfQuantizer):
         result = super().postprocess_model(model, **kwargs)
         if not self.pre_quantized:
             self.releaser.release()
+        if self.calibrates:
+            self._calibrate(model)
         self._headers, self._loaded = {}, True
         use_plain_experts(model)
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for

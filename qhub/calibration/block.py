@@ -1,0 +1,354 @@
+"""Quantizes the weights of one block: groups layers by their inputs, collects statistics, asks the method, goes on with
+the quantized weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qhub.calibration import sharing
+from qhub.calibration.options import CalibrationOptions
+from qhub.calibration.products import Key, Products, common_inputs, features_of, keys_of
+from qhub.calibration.report import CalibrationReport, LayerReport
+from qhub.calibration.stacks import Call
+from qhub.calibration.statistics import Sums, needs_float_stream, neutral, rescaled
+from qhub.errors import CheckpointError, QhubError
+from qhub.layouts import Layout, Transform
+from qhub.plan import LayerPlan, WeightInfo
+from qhub.quantizing import Quantization
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["BlockWork", "Stage"]
+
+logger = logging.getLogger("qhub")
+
+Calls = Callable[[], Iterator[tuple[int, Call, Call | None]]]
+
+
+class _Enough(BaseException):
+    """Ends a run of the block where nothing more is to be seen."""
+
+
+@dataclass
+class Stage:
+    """Is what one pass looks at: groups of matrices with a common input, or all experts of one parameter."""
+
+    groups: list[list[Key]]
+    experts: bool = False
+
+    def leaders(self) -> dict[Key, int]:
+        """Return the first matrix of each group, with the group's number."""
+        return {group[0]: number for number, group in enumerate(self.groups)}
+
+
+@dataclass
+class BlockWork:
+    """Does one block. ``prefix``: its name in the model, empty for weights that lie in no block.
+
+    ``run(call)`` runs it. ``weights``: {parameter: tensor} of every matrix in it, quantized or not. ``infos``,
+    ``plans``: of those that will be quantized. ``calls()`` yields (batch, call, call of the unquantized model or None).
+    After :meth:`quantize`, ``parts`` has {matrix: (layout, parts)}, and the dense weights are the quantized ones'.
+    """
+
+    prefix: str
+    module: nn.Module
+    run: Callable[[nn.Module, Call], Any]
+    infos: Mapping[str, WeightInfo]
+    plans: Mapping[str, LayerPlan]
+    calls: Calls
+    quantization: Quantization
+    options: CalibrationOptions
+    report: CalibrationReport
+    parts: dict[Key, tuple[Layout, dict[str, Tensor]]] = field(default_factory=dict)
+    scales: dict[Key, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights = _matrices(self.module, self.prefix)
+        self.names = {name for plan in self.plans.values() for name in plan.statistics}
+        self._original: nn.Module | None = None
+
+    # -- what runs when ----------------------------------------------------------------------------------------------
+
+    def stages(self) -> list[Stage]:
+        """Return the groups to quantize in the order in which the block computes them.
+
+        Weights that the calibration never reaches come last, each on its own.
+        """
+        seen: list[tuple[Key, Tensor]] = []
+        for _, call, _ in self.calls():
+            self._run(call, lambda key, x: seen.append((key, x)))
+            if seen:
+                break
+        stages: list[Stage] = []
+        by_parameter: dict[str, Stage] = {}
+        reached: set[Key] = set()
+        for group in common_inputs(seen):
+            reached.update(group)
+            if not any(key.name in self.plans for key in group):
+                continue
+            if group[0].expert is None:
+                stages.append(Stage([group]))
+            elif group[0].name not in by_parameter:
+                # Which experts a batch reaches is chance: the stage has all of them.
+                name = group[0].name
+                by_parameter[name] = Stage([[key] for key in self._keys(name)], experts=True)
+                stages.append(by_parameter[name])
+        listed = {key for stage in stages for group in stage.groups for key in group}
+        missing = [key for name in self.plans for key in self._keys(name) if key not in listed]
+        stages += [Stage([[key]], experts=key.expert is not None) for key in missing]
+        return stages
+
+    def quantize(self, equalize: bool) -> None:
+        """Quantize every planned weight; ``equalize``: whether the method chooses input scales first."""
+        stages = self._timed("capture", self.stages)
+        if needs_float_stream(self.names):
+            self._original = copy.deepcopy(self.module)
+        statistics: list[dict[int, dict[str, Tensor]]] | None = None
+        if equalize:
+            statistics = self._timed("statistics", lambda: self._collect(stages))
+            for stage, found in zip(stages, statistics, strict=True):
+                self._timed("equalizing", lambda: self._equalize(stage, stages, found))  # noqa: B023
+        elif self.options.sequential == "block":
+            statistics = self._timed("statistics", lambda: self._collect(stages))
+        for number, stage in enumerate(stages):
+            if statistics is not None and self.options.sequential == "block":
+                found = statistics[number]
+            else:
+                found = self._timed("statistics", lambda: self._collect([stage])[0])  # noqa: B023
+            for index, group in enumerate(stage.groups):
+                self._timed("quantizing", lambda: self._quantize_group(group, found[index]))  # noqa: B023
+        self._original = None
+
+    def tensors(self) -> dict[str, QuantizedTensor]:
+        """Return the quantized parameters by name."""
+        result = {}
+        for name, info in self.infos.items():
+            plan = self.plans[name]
+
+            def built(weight: Tensor, expert: int | None, name: str = name, plan: LayerPlan = plan) -> QuantizedTensor:
+                layout, parts = self.parts[Key(name, expert)]
+                return self.quantization.build(layout, parts, info.dtype, plan.compute_dtype)  # noqa: B023
+
+            result[name] = self.quantization.assemble(info, self.weights[name].data, built)
+        return result
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    def _collect(self, stages: Sequence[Stage]) -> list[dict[int, dict[str, Tensor]]]:
+        """Return {group number: statistics} for each of ``stages`` from one pass over the calls."""
+        leaders = {key: (s, g) for s, stage in enumerate(stages) for key, g in stage.leaders().items()}
+        groups = {(s, g): group for s, stage in enumerate(stages) for g, group in enumerate(stage.groups)}
+        last = not any(stage.experts for stage in stages)
+        wanted = {key for stage in stages for group in stage.groups for key in group}
+        sums = {place: Sums(self.names, self._features(group), self._device()) for place, group in groups.items()}
+        for _, call, float_call in self.calls():
+            floats = self._float_inputs(float_call, leaders)
+            counts = dict.fromkeys(leaders, 0)
+            remaining = set(wanted)
+
+            def seen(key: Key, x: Tensor) -> None:
+                if key in leaders:
+                    others = floats.get(key)  # noqa: B023
+                    number = counts[key]  # noqa: B023
+                    counts[key] += 1  # noqa: B023
+                    flat = features_of(x)
+                    other = features_of(others[number]) if others is not None and number < len(others) else None
+                    # Other experts may have got a token in the unquantized model: then the two inputs cannot be paired.
+                    paired = other if other is not None and other.shape == flat.shape else flat
+                    sums[leaders[key]].add(flat, paired)
+                remaining.discard(key)  # noqa: B023
+                if last and not remaining:  # noqa: B023
+                    raise _Enough
+
+            self._run(call, seen)
+        result: list[dict[int, dict[str, Tensor]]] = [{} for _ in stages]
+        for key, (stage, group) in leaders.items():
+            one = sums.pop((stage, group))
+            sharing.reduce_sums(one)
+            result[stage][group] = self._means(key, one, self._features(groups[stage, group]))
+        return result
+
+    def _means(self, key: Key, sums: Sums, features: int) -> dict[str, Tensor]:
+        values = sums.means()
+        for name, value in values.items():
+            if name != "tokens" and not bool(torch.isfinite(value).all()):
+                self._locate(key, name)
+        enough = self.options.min_tokens if key.expert is not None else 1
+        if sums.tokens >= enough:
+            return values
+        kind = "this expert" if key.expert is not None else "this layer"
+        self._warn(
+            f"{key}: {kind} saw {sums.tokens} tokens of the calibration, fewer than {enough}: its weights are rounded "
+            "as if all inputs were alike. More or more varied samples would help"
+        )
+        return neutral(self.names, features, self._device())
+
+    def _locate(self, key: Key, name: str) -> None:
+        """Raise an error that says in which sample the input of ``key`` is not finite."""
+        for batch, call, _ in self.calls():
+            bad: list[int] = []
+
+            def seen(other: Key, x: Tensor) -> None:
+                if other == key and not bool(torch.isfinite(x).all()):
+                    first = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
+                    bad.append(int((~torch.isfinite(first)).any(-1).nonzero()[0]))  # noqa: B023
+
+            self._run(call, seen)
+            if bad:
+                raise CheckpointError(
+                    f"{key}: its input holds NaN or infinity in calibration sample {bad[0]} of batch {batch}: the "
+                    "model overflows in this dtype, or its weights are damaged"
+                )
+        raise CheckpointError(
+            f"{key}: the statistic {name!r} of its inputs overflows float32: the inputs are too large"
+        )
+
+    def _float_inputs(self, call: Call | None, leaders: Mapping[Key, Any]) -> dict[Key, list[Tensor]]:
+        if call is None or self._original is None:
+            return {}
+        found: dict[Key, list[Tensor]] = {}
+
+        def seen(key: Key, x: Tensor) -> None:
+            if key in leaders:
+                found.setdefault(key, []).append(x)
+
+        with Products(_matrices(self._original, self.prefix), seen):
+            self.run(self._original, call)
+        return found
+
+    # -- input scales ------------------------------------------------------------------------------------------------
+
+    def _equalize(self, stage: Stage, stages: Sequence[Stage], found: dict[int, dict[str, Tensor]]) -> None:
+        from qhub.calibration.equalizing import equalize_group
+
+        for index, group in enumerate(stage.groups):
+            planned = [key for key in group if key.name in self.plans]
+            if int(found[index]["tokens"]) == 0 or not planned:
+                continue
+            scales = equalize_group(self, group, planned, found[index], stages)
+            if scales is not None:
+                found[index] = rescaled(found[index], 1 / scales)
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def _quantize_group(self, group: Sequence[Key], statistics: Mapping[str, Tensor]) -> None:
+        together: dict[Any, list[Key]] = {}
+        for key in group:
+            plan = self.plans.get(key.name)
+            if plan is None:
+                continue
+            # A tall matrix of one row stands for the layout of them all.
+            tall = plan.rows_independent and key not in self.scales
+            together.setdefault((plan.layout.with_rows(1), self.weights[key.name].dtype) if tall else key, []).append(
+                key
+            )
+        for keys in together.values():
+            self._quantize_together(keys, statistics)
+
+    def _quantize_together(self, keys: Sequence[Key], statistics: Mapping[str, Tensor]) -> None:
+        start = time.perf_counter()
+        weights = [self.matrix(key) for key in keys]
+        scale = self.scales.get(keys[0])
+        stored = weights if scale is None else [weight * scale for weight in weights]
+        given = statistics if scale is None or not len(statistics) else rescaled(statistics, 1 / scale)
+        layout = self.plans[keys[0].name].layout
+        if len(keys) > 1:
+            layout = layout.with_rows(sum(weight.shape[0] for weight in weights))
+        try:
+            parts = self.quantization.parts(torch.cat(stored) if len(keys) > 1 else stored[0], layout, given)
+            layout.validate(parts)
+        except QhubError as error:
+            raise type(error)(f"{', '.join(map(str, keys))}: {error}") from error
+        if scale is not None:
+            # The input is scaled before anything else happens to it.
+            layout = dataclasses.replace(layout, transforms=(Transform("scale", "in"), *layout.transforms))
+            parts = {**parts, "in_scale": 1 / scale}
+        seconds = (time.perf_counter() - start) / len(keys)
+        row = 0
+        for key, weight in zip(keys, weights, strict=True):
+            own: tuple[Layout, Mapping[str, Tensor]] | None = (layout, parts)
+            if len(keys) > 1:
+                own = layout.select_rows(parts, row, row + weight.shape[0])
+                row += weight.shape[0]
+                if own is None:
+                    raise QhubError(
+                        f"{key}: its rows cannot be taken out of {layout.kind} again; this is a bug of qhub"
+                    )
+            self.parts[key] = own[0], {name: part.contiguous() for name, part in own[1].items()}
+            dense = own[0].dequantize(own[1])
+            self.report.layers.append(
+                LayerReport(str(key), _relative_error(weight, dense, given, scale), int(given["tokens"]), seconds)
+            )
+            self.matrix(key).copy_(dense)
+
+    def matrix(self, key: Key) -> Tensor:
+        """Return the dense weight of ``key`` as (N, K): a view that can be written into."""
+        weight = self.weights[key.name].data
+        if key.expert is not None:
+            weight = weight[key.expert]
+        info = self.infos.get(key.name)
+        return weight.t() if info is not None and (info.kind == "conv1d" or info.transposed) else weight
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Return the dtype that the block's unquantized parameters are kept in."""
+        return next(iter(self.infos.values())).dtype
+
+    # -- small -------------------------------------------------------------------------------------------------------
+
+    def _keys(self, name: str) -> list[Key]:
+        return keys_of(name, self.infos[name].experts)
+
+    def _features(self, group: Sequence[Key]) -> int:
+        return next(self.infos[key.name].in_features for key in group if key.name in self.infos)
+
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    def _run(self, call: Call, seen: Callable[[Key, Tensor], None]) -> None:
+        try:
+            with Products(self.weights, seen):
+                self.run(self.module, call)
+        except _Enough:
+            pass
+
+    def _warn(self, message: str) -> None:
+        self.report.warnings.append(message)
+        logger.warning(message)
+
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.report.spend(phase, time.perf_counter() - start)
+        return result
+
+
+def _matrices(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    lead = f"{prefix}." if prefix else ""
+    return {
+        lead + name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim in (2, 3) and parameter.is_floating_point() and parameter.device.type != "meta"
+    }
+
+
+def _relative_error(
+    weight: Tensor, dense: Tensor, statistics: Mapping[str, Tensor], scale: Tensor | None
+) -> float | None:
+    """Return tr(D H D^T) / tr(W H W^T), D the difference; H is of the scaled input where there is a ``scale``."""
+    hessian = statistics.get("hessian")
+    if hessian is None or int(statistics["tokens"]) == 0:
+        return None
+    original, change = weight.float(), dense.float() - weight.float()
+    if scale is not None:
+        original, change = original * scale, change * scale
+    power = ((original @ hessian) * original).sum()
+    return float(((change @ hessian) * change).sum() / power) if float(power) > 0 else 0.0

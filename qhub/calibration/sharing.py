@@ -1,0 +1,57 @@
+"""Several processes: each sees its share of the samples, and sums are taken over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qhub.calibration.statistics import Sums
+
+__all__ = ["barrier", "processes", "rank", "reduce_any", "reduce_sums", "share"]
+
+_T = TypeVar("_T")
+
+
+def processes() -> int:
+    """Return how many processes calibrate together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return which of them this one is."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def share(items: Sequence[_T]) -> list[_T]:
+    """Return this process's share: every n-th, so that long and short samples mix."""
+    return list(items[rank() :: processes()])
+
+
+def reduce_sums(sums: Sums) -> None:
+    """Replace the sums by those over all processes."""
+    if processes() == 1:
+        return
+    for name in sums.names:
+        dist.all_reduce(sums.tensors[name])
+    sums.tokens = int(_total(torch.tensor(sums.tokens), next(iter(sums.tensors.values()), torch.zeros(()))))
+
+
+def reduce_any(value: bool, device: torch.device) -> bool:
+    """Return whether any process says yes."""
+    return value if processes() == 1 else int(_total(torch.tensor(int(value)), torch.zeros((), device=device))) > 0
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def _total(count: Tensor, like: Tensor) -> Tensor:
+    count = count.to(like.device)
+    dist.all_reduce(count)
+    return count

@@ -1,0 +1,92 @@
+"""What a method can know of a layer's inputs: sums over tokens, so that samples, batches and processes just add up.
+
+With x (K,) the input of one token, T tokens, all in float32:
+
+========== ======= ==============================================================================================
+name       shape   value
+========== ======= ==============================================================================================
+hessian    (K, K)  mean of x x^T: half the second derivative of the squared output error by a row of the weight
+                   (Frantar et al. 2022, "GPTQ", section 3.1, without the factor 2)
+cross      (K, K)  mean of x_float x^T; rows: the same input in the unquantized model. With it the error against the
+                   unquantized model's output can be minimised (Li et al. 2025, "GPTAQ", section 3)
+mean_abs   (K,)    mean of |x| (Lin et al. 2023, "AWQ", section 3.2)
+tokens     ()      T; always there
+========== ======= ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from qhub.errors import ConfigError
+
+__all__ = ["STATISTICS", "Sums", "needs_float_stream", "neutral", "rescaled"]
+
+STATISTICS = ("cross", "hessian", "mean_abs", "tokens")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` for a statistic that the engine does not have."""
+    unknown = sorted(set(names) - set(STATISTICS))
+    if unknown:
+        raise ConfigError(f"the plan asks for the statistics {unknown}; the engine has {list(STATISTICS)}")
+
+
+def needs_float_stream(names: Iterable[str]) -> bool:
+    """Return whether the unquantized model's inputs are needed beside the quantized one's."""
+    return "cross" in set(names)
+
+
+class Sums:
+    """Adds up the statistics ``names`` of an input with ``features`` features, in float32 on ``device``."""
+
+    def __init__(self, names: Iterable[str], features: int, device: torch.device) -> None:
+        self.names = sorted(set(names) - {"tokens"})
+        check_names(self.names)
+        self.tokens = 0
+        shapes = {"hessian": (features, features), "cross": (features, features), "mean_abs": (features,)}
+        self.tensors = {name: torch.zeros(shapes[name], device=device) for name in self.names}
+
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """Add tokens ``x`` (tokens, K) of any float dtype; ``x_float``: the same tokens in the unquantized model."""
+        self.tokens += x.shape[0]
+        if "hessian" in self.tensors:
+            _add_product(self.tensors["hessian"], x, x)
+        if "cross" in self.tensors:
+            assert x_float is not None
+            _add_product(self.tensors["cross"], x_float, x)
+        if "mean_abs" in self.tensors:
+            self.tensors["mean_abs"] += x.abs().sum(0, dtype=torch.float32)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the statistics by name, ``tokens`` among them."""
+        count = max(self.tokens, 1)
+        values = {name: value / count for name, value in self.tensors.items()}
+        return {**values, "tokens": torch.tensor(self.tokens)}
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a.T @ b`` to ``total``, the products of 16-bit numbers exact and their sum in float32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.dtype == b.dtype:
+        # Tensor cores multiply 16-bit numbers exactly and add in float32.
+        total += torch.mm(a.t(), b, out_dtype=torch.float32)
+        return
+    wide = a.float()
+    total.addmm_(wide.t(), wide if b is a else b.float())
+
+
+def neutral(names: Iterable[str], features: int, device: torch.device) -> dict[str, Tensor]:
+    """Return statistics that say nothing: every feature alike and none related to another; ``tokens`` is 0."""
+    eye = torch.eye(features, device=device)
+    values = {"hessian": eye, "cross": eye, "mean_abs": torch.ones(features, device=device)}
+    return {**{name: values[name] for name in names if name != "tokens"}, "tokens": torch.tensor(0)}
+
+
+def rescaled(statistics: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+    """Return the statistics of the input multiplied by ``factor`` (K,), above zero."""
+    both = factor[:, None] * factor
+    factors = {"hessian": both, "cross": both, "mean_abs": factor}
+    return {name: value * factors[name] if name in factors else value for name, value in statistics.items()}

@@ -1,0 +1,201 @@
+"""Calibrates models of transformers: samples from their tokenizers, their blocks taken in and given back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from qhub.calibration import Calibration, CalibrationOptions, CalibrationReport
+from qhub.calibration.block import BlockWork
+from qhub.calibration.data import check_samples, samples_of
+from qhub.calibration.engine import Progress, Workshop
+from qhub.errors import ConfigError
+from qhub.integrations.transformers.weights import put_layers
+from qhub.plan import LayerPlan, WeightInfo
+from qhub.quantizing import Quantization
+from qhub.registry import registry
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["LiveWorkshop", "bar", "calibrate", "options_of", "samples_for"]
+
+logger = logging.getLogger("qhub")
+
+
+def options_of(method: str, config: Any, **changes: Any) -> CalibrationOptions:
+    """Return the engine's options as the plugin reads them from ``config``; ``changes`` that are not None win."""
+    options = registry.call(method, "qhub_calibration", config=config) or CalibrationOptions()
+    return dataclasses.replace(options, **{name: value for name, value in changes.items() if value is not None})
+
+
+def calibrate(
+    model: Any,
+    infos: Mapping[str, WeightInfo],
+    plans: Mapping[str, LayerPlan],
+    quantization: Quantization,
+    options: CalibrationOptions,
+    workshop: Workshop,
+    progress: Progress | None = None,
+    samples: list[dict[str, Any]] | None = None,
+) -> CalibrationReport:
+    """Quantize the planned weights of ``model``; ``samples``: None to make them as ``options`` say."""
+    if any(info.kind == "experts" for info in infos.values()):
+        # Grouped products hide which token meets which expert.
+        model.set_experts_implementation("eager")
+    warnings: list[str] = []
+    if samples is None:
+        samples, warnings = samples_for(model, options)
+    caching, training = getattr(model.config, "use_cache", None), model.training
+    model.eval()
+    model.config.use_cache = False
+    try:
+        shown = None if progress is not None else bar()
+        calibration = Calibration(model, infos, plans, quantization, options, workshop, progress or shown)
+        calibration.report.warnings += warnings
+        return calibration.run(samples)
+    finally:
+        model.train(training)
+        if caching is None:
+            del model.config.use_cache
+        else:
+            model.config.use_cache = caching
+
+
+def samples_for(model: Any, options: CalibrationOptions) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the calibration samples for ``model``, and warnings about them."""
+    text = model.config.get_text_config()
+    context, vocabulary = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    length = options.length or min(2048, context or 2048)
+    if context is not None and length > context:
+        raise ConfigError(f"calibration samples of {length} tokens: the model's context is {context}")
+    warnings: list[str] = []
+    if options.data is None:
+        from qhub.integrations.transformers.writing import written_samples
+
+        samples = written_samples(model, _tokenizer(model, options, required=False), options, length)
+        warnings.append(
+            f"no calibration data were given: the model wrote {len(samples)} samples itself; text of the kind that it "
+            "will meet is usually better"
+        )
+    else:
+        tokenizer = _tokenizer(model, options, required=False)
+        samples = samples_of(options.data, tokenizer, options.samples, length)
+        template = getattr(tokenizer, "chat_template", None)
+        if template is not None and not _looks_like_chat(samples, tokenizer):
+            warnings.append(
+                "the tokenizer has a chat template and no calibration sample follows it: a chat model is better "
+                'calibrated with chats (a jsonl file with "messages")'
+            )
+    samples = [_with_decoder(model, sample) for sample in samples]
+    warnings += check_samples(samples, vocabulary, context)
+    for warning in warnings:
+        logger.warning(warning)
+    return samples, warnings
+
+
+def _with_decoder(model: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the sample with tokens for the decoder, where the model has an encoder and none were given."""
+    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in sample:
+        return sample
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = model.generation_config.decoder_start_token_id
+    ids = sample.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise ConfigError(
+            f"calibration samples of a {type(model).__name__} need 'decoder_input_ids' beside {sorted(sample)}"
+        )
+    # The text itself, shifted right, as in training by copying.
+    shifted = torch.cat([torch.full_like(ids[:, :1], start or 0), ids[:, :-1]], dim=1)
+    return {**sample, "decoder_input_ids": shifted}
+
+
+def _tokenizer(model: Any, options: CalibrationOptions, required: bool) -> Any:
+    given = options.tokenizer
+    if given is not None and not isinstance(given, str):
+        return given
+    from transformers import AutoTokenizer
+
+    source = given or model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if given is not None or required:
+            raise ConfigError(f"no tokenizer can be loaded from {source}: {error}") from error
+        logger.debug("no tokenizer beside %s: %s", source, error)
+        return None
+
+
+def _looks_like_chat(samples: list[dict[str, Any]], tokenizer: Any) -> bool:
+    try:
+        probe = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, return_dict=False)
+    except Exception as error:  # a template is a program: whatever it raises, it cannot be probed
+        logger.debug("the chat template cannot be probed: %s: %s", type(error).__name__, error)
+        return True
+    special = set(probe) & set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if not special:
+        return True
+    return any(
+        bool(torch.isin(s["input_ids"], torch.tensor(sorted(special))).any()) for s in samples if "input_ids" in s
+    )
+
+
+def bar() -> Progress:
+    """Return a progress bar with the time left."""
+    state: dict[str, Any] = {}
+
+    def show(done: int, total: int, text: str) -> None:
+        if "bar" not in state:
+            state["bar"] = tqdm(total=total, desc="calibrating", unit="block")
+        state["bar"].set_postfix_str(text, refresh=False)
+        state["bar"].update(done - state["bar"].n)
+        if done == total:
+            state["bar"].close()
+
+    return show
+
+
+class LiveWorkshop:
+    """Works on a model in memory: blocks go to the compute device and come back quantized."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._before: dict[str, tuple[torch.device, torch.dtype]] = {}
+
+    def open(self, name: str, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+        if not name:
+            return
+        for local, parameter in module.named_parameters():
+            self._before[f"{name}.{local}"] = parameter.device, parameter.dtype
+            parameter.data = parameter.data.to(device, dtype or parameter.dtype)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def finish(self, name: str, module: nn.Module, tensors: Mapping[str, QuantizedTensor], work: BlockWork) -> None:
+        places = {weight: self._before.get(weight, (self._parameter(weight).device, None))[0] for weight in tensors}
+        put_layers(self.model, (work.infos[weight] for weight in tensors))
+        for weight, tensor in tensors.items():
+            parent, _, leaf = weight.rpartition(".")
+            moved = nn.Parameter(tensor.to(places[weight]), requires_grad=False)
+            setattr(self.model.get_submodule(parent), leaf, moved)
+        if not name:
+            return
+        for local, parameter in module.named_parameters():
+            before = self._before.get(f"{name}.{local}")
+            if before is not None and not isinstance(parameter, QuantizedTensor):
+                parameter.data = parameter.data.to(*before)
+        home = next((place for place, _ in self._before.values()), None)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(home) if home is not None else buffer.data
+        self._before.clear()
+
+    def restore(self, name: str, module: nn.Module, work: BlockWork) -> bool:
+        return False
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.model.get_parameter(name)
