@@ -68,18 +68,18 @@ class Quantization:
             raise CheckpointError(
                 f"{info.name} holds NaN or infinity and cannot be quantized: the checkpoint is damaged"
             )
-        return self.assemble(info, weight, lambda one, expert: self.matrix(one, planned, {}))
-
-    def assemble(
-        self, info: WeightInfo, weight: Tensor, quantize: Callable[[Tensor, int | None], QuantizedTensor]
-    ) -> QuantizedTensor:
-        """Return the parameter ``info`` from what ``quantize(matrix (N, K), expert)`` makes of each of its matrices."""
         if info.kind == "conv1d" or info.transposed:
             weight = weight.transpose(-1, -2)
+        matrices = [weight] if info.experts is None else weight
+        return self.assemble(info, lambda expert: self.matrix(matrices[expert or 0], planned, {}))
+
+    def assemble(self, info: WeightInfo, matrix: Callable[[int | None], QuantizedTensor]) -> QuantizedTensor:
+        """Return the parameter ``info`` from its matrices (N, K): ``matrix(expert)``, or ``matrix(None)`` if it is
+        one."""
         if info.experts is None:
-            result = quantize(weight, None)
+            result = matrix(None)
         else:
-            result = torch.stack([quantize(one, i) for i, one in enumerate(weight)])  # type: ignore[assignment]
+            result = torch.stack([matrix(expert) for expert in range(info.experts)])  # type: ignore[assignment]
         if not isinstance(result, QuantizedTensor):
             raise UnsupportedError(
                 f"{info.name}: the matrices that {self.method} made of its experts cannot be kept in one tensor"

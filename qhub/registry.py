@@ -76,6 +76,10 @@ class Registry:
         """Return the names that ``QHUB_DISABLE`` turns off."""
         return frozenset(filter(None, (name.strip() for name in os.environ.get("QHUB_DISABLE", "").split(","))))
 
+    def handed_back(self) -> frozenset[str]:
+        """Return the methods that ``QHUB_NATIVE`` gives back to transformers."""
+        return frozenset(filter(None, (name.strip() for name in os.environ.get("QHUB_NATIVE", "").split(","))))
+
     def list(self, group: str = METHOD_GROUP) -> dict[str, PluginInfo]:
         """Return every installed, enabled plugin of ``group`` by name, importing none."""
         found = {}

@@ -63,7 +63,7 @@ class Activations:
 
     def get(self, batch: int) -> Any:
         """Return the value of ``batch``, None when there is none."""
-        return self[batch] if batch in self else None
+        return self[batch] if batch in self._values else None
 
     def close(self) -> None:
         """Forget everything."""

@@ -133,11 +133,11 @@ class BlockWork:
         for name, info in self.infos.items():
             plan = self.plans[name]
 
-            def built(weight: Tensor, expert: int | None, name: str = name, plan: LayerPlan = plan) -> QuantizedTensor:
+            def built(expert: int | None, name: str = name, plan: LayerPlan = plan) -> QuantizedTensor:
                 layout, parts = self.parts[Key(name, expert)]
-                return self.quantization.build(layout, parts, info.dtype, plan.compute_dtype)  # noqa: B023
+                return self.quantization.build(layout, parts, self.infos[name].dtype, plan.compute_dtype)
 
-            result[name] = self.quantization.assemble(info, self.weights[name].data, built)
+            result[name] = self.quantization.assemble(info, built)
         return result
 
     # -- statistics --------------------------------------------------------------------------------------------------
@@ -274,16 +274,17 @@ class BlockWork:
         seconds = (time.perf_counter() - start) / len(keys)
         row = 0
         for key, weight in zip(keys, weights, strict=True):
-            own: tuple[Layout, Mapping[str, Tensor]] | None = (layout, parts)
+            own, mine = layout, dict(parts)
             if len(keys) > 1:
-                own = layout.select_rows(parts, row, row + weight.shape[0])
-                row += weight.shape[0]
-                if own is None:
+                cut = layout.select_rows(parts, row, row + weight.shape[0])
+                if cut is None:
                     raise QhubError(
                         f"{key}: its rows cannot be taken out of {layout.kind} again; this is a bug of qhub"
                     )
-            self.parts[key] = own[0], {name: part.contiguous() for name, part in own[1].items()}
-            dense = own[0].dequantize(own[1])
+                row += weight.shape[0]
+                own, mine = cut[0], {name: part.clone() for name, part in cut[1].items()}
+            self.parts[key] = own, {name: part.contiguous() for name, part in mine.items()}
+            dense = own.dequantize(mine)
             self.report.layers.append(
                 LayerReport(str(key), _relative_error(weight, dense, given, scale), int(given["tokens"]), seconds)
             )

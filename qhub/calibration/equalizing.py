@@ -3,6 +3,7 @@ changes nothing else, otherwise in the layers' own layouts."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -107,10 +108,8 @@ def _producer(work: BlockWork, key: Key, call: Call) -> Producer | None:
             raise _Here
 
     def until() -> None:
-        try:
+        with contextlib.suppress(_Here):
             work._run(call, stop)
-        except _Here:
-            pass
 
     before = executed(work.module, until)
     if not before:

@@ -1,10 +1,10 @@
 """Finds the operation before a layer by experiment, and moves input scales into it.
 
-Multiplying each output channel c of an earlier module by a number f_c of its own, and looking at the layer's input: when
-every feature k of it comes out multiplied by one of these numbers, f_m(k), the way between is linear channel by channel,
-and m is the map, query heads that share a value head and halves of a fused projection included. Dividing channel m(k)
-by s_k is then the same as dividing feature k. So no table of architectures is needed (Lin et al. 2023, "AWQ", section
-3.2, folds by such tables).
+Multiplying each output channel c of an earlier module by a number f_c of its own, and looking at the layer's input:
+when every feature k of it comes out multiplied by one of these numbers, f_m(k), the way between is linear channel by
+channel, and m is the map, query heads that share a value head and halves of a fused projection included. Dividing
+channel m(k) by s_k is then the same as dividing feature k. So no table of architectures is needed (Lin et al. 2023,
+"AWQ", section 3.2, folds by such tables).
 """
 
 from __future__ import annotations
@@ -117,9 +117,23 @@ def find_producer(
 
 def _channels(module: nn.Module, x: Tensor, probe: Callable[[], Tensor]) -> Tensor | None:
     count = _channel_count(module)
+    for start, stop in _slices(x.shape[1], count):
+        channels = _channels_within(module, x, probe, count, start, stop)
+        if channels is not None:
+            return channels
+    return None
+
+
+def _channels_within(
+    module: nn.Module, x: Tensor, probe: Callable[[], Tensor], count: int, start: int, stop: int
+) -> Tensor | None:
+    """Return the map if channels ``start`` to ``stop`` alone make ``x``; the others are left as they are."""
     generator = torch.Generator().manual_seed(0)
+    factors = torch.ones(count)
     # Between 1/2 and 2, evenly on a logarithmic scale, in random order.
-    factors = torch.linspace(-1, 1, count).exp2()[torch.randperm(count, generator=generator)].to(x.device)
+    spread = torch.linspace(-1, 1, stop - start).exp2()
+    factors[start:stop] = spread[torch.randperm(stop - start, generator=generator)]
+    factors = factors.to(x.device)
     handle = module.register_forward_hook(lambda m, a, output: output * factors.to(output.dtype))
     try:
         changed = probe()
@@ -135,27 +149,35 @@ def _channels(module: nn.Module, x: Tensor, probe: Callable[[], Tensor]) -> Tens
     allowed = tolerance(x.dtype)
     if not bool(alive.any()) or bool((left[alive] > allowed).any()):
         return None
-    for channels in _maps(x.shape[1], count):
-        channels = channels.to(x.device)
-        expected = factors[channels]
+    for channels in _maps(x.shape[1], start, stop):
+        expected = factors[channels.to(x.device)]
         if bool(((ratio - expected).abs()[alive] <= allowed * expected[alive]).all()):
-            return channels
+            return channels.to(x.device)
     return None
 
 
-def _maps(features: int, count: int) -> Iterator[Tensor]:
-    """Yield the maps from features to channels that models use: a slice of the channels, heads of it repeated."""
-    place = torch.arange(features)
-    for repeats in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64):
-        size, rest = divmod(features, repeats)
-        if rest or size > count:
-            continue
-        offsets = sorted({0, count - size, count // 2, count // 3, 2 * (count // 3)})
-        widths = [size] if repeats == 1 else [w for w in range(4, min(size, 512) + 1) if size % w == 0]
-        for offset in offsets:
-            if offset + size <= count:
-                for width in widths:
-                    yield offset + place // (repeats * width) * width + place % width
+def _slices(features: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of a module's channels that may make ``features``: all, or the last or first of several."""
+    if count <= features:
+        yield 0, count
+        return
+    for repeats in (1, 2, 4, 8):
+        size = features // repeats
+        # Gate and up; query, key and value, the latter two with fewer heads.
+        if features % repeats == 0 and (count == 2 * size or count == features + 2 * size):
+            yield count - size, count
+            yield 0, size
+
+
+def _maps(features: int, start: int, stop: int) -> Iterator[Tensor]:
+    """Yield the maps from features to channels ``start`` to ``stop`` that models use: each once, or heads repeated."""
+    place, size = torch.arange(features), stop - start
+    if features % size:
+        return
+    repeats = features // size
+    widths = [size] if repeats == 1 else [width for width in range(4, min(size, 512) + 1) if size % width == 0]
+    for width in widths:
+        yield start + place // (repeats * width) * width + place % width
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Sees the products of inputs with a model's weights while the model runs, whatever module makes them.
 
-``nn.Linear``, GPT-2's transposed linear, a router's bare parameter, one expert of a fused stack: all end in one of a few
-functions of torch, one argument of which lies in the memory of a parameter. So no table of module classes is needed.
+``nn.Linear``, GPT-2's transposed linear, a router's bare parameter, one expert of a fused stack: all end in one of a
+few functions of torch, one argument of which lies in the memory of a parameter. So no table of module classes is
+needed.
 """
 
 from __future__ import annotations

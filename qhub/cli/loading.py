@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qhub.errors import CheckpointError
+from qhub.integrations.transformers.folders import COMPANIONS, copy_companions, local_folder, weight_files
 
 __all__ = [
     "DeviceMap",
@@ -69,21 +67,6 @@ DeviceMap = Annotated[
         show_default="the CPU",
     ),
 ]
-
-# What makes a folder usable besides weights and config.json: tokenizer, processors, chat templates. The model writes
-# its own generation_config.json.
-_COMPANIONS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-)
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -147,7 +130,7 @@ def load_tokenizer(*models: str) -> Any:
     failures = []
     for model in models:
         folder = local_folder(model)
-        if not any(fnmatch.fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in _COMPANIONS[:3]):
+        if not any(fnmatch.fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in COMPANIONS[:3]):
             failures.append(f"{model} has no tokenizer files")
             continue
         try:
@@ -155,25 +138,6 @@ def load_tokenizer(*models: str) -> Any:
         except (ValueError, KeyError, TypeError) as error:
             failures.append(f"{model}: {error}")
     raise CheckpointError(f"no tokenizer: {'; '.join(failures)}. Name a folder that has one with --tokenizer")
-
-
-def local_folder(model: str) -> Path:
-    """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, allow_patterns=[*_COMPANIONS, "*.safetensors.index.json"]))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold the model in ``folder``; those that an index names, if there is one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names if (folder / name).is_file()]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def weight_sizes(model: str) -> list[int]:
@@ -193,30 +157,3 @@ def weight_sizes(model: str) -> list[int]:
     if not sizes:
         raise CheckpointError(f"{model} has no safetensors file: there are no weights to look into")
     return sizes
-
-
-def _matches(name: str, pattern: str) -> bool:
-    # To fnmatch a star may stand for folders too.
-    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
-
-
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, processor and chat template files unchanged, each put in place at once; return their names."""
-    copied = []
-    for file in sorted(source.rglob("*")):
-        name = file.relative_to(source).as_posix()
-        if not file.is_file() or not any(_matches(name, pattern) for pattern in _COMPANIONS):
-            continue
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{file.name}.", dir=place.parent)
-        os.close(handle)
-        try:
-            shutil.copyfile(file, beside)
-            Path(beside).chmod(0o644)
-            Path(beside).replace(place)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
-        copied.append(name)
-    return copied

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qhub.cli import calibration
 from qhub.cli.loading import (
     DeviceMap,
     Dtype,
@@ -59,6 +60,12 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Save into a folder that holds files already.")
     ] = False,
+    dataset: calibration.Dataset = None,
+    samples: calibration.Samples = None,
+    length: calibration.Length = None,
+    batch_size: calibration.BatchSize = None,
+    activations: calibration.Activations = None,
+    device: calibration.Device = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model and save it: weights, config, tokenizer, generation config and a model card.
@@ -67,22 +74,36 @@ def quantize(
     settings are taken; with a preset, the other options change it. The
     folder is one that from_pretrained loads, and the method's own library.
 
+    Methods that need data stream: one block of the model is in memory at a
+    time. Finished blocks are kept in OUT.partial until the end, so a run that
+    was stopped goes on with the same command.
+
     \b
     Examples:
       qhub quantize ./llama -m hqq -o ./llama-hqq
       qhub quantize ./llama -m hqq --bits 3 --group-size 64 -o ./llama-3bit
       qhub quantize org/name -m bitsandbytes --preset nf4 -o ./name-nf4
       qhub quantize ./llama -m hqq --set axis=0 -o ./llama-axis0
+      qhub quantize ./llama -m gptq --bits 4 --dataset texts.jsonl -o ./llama-gptq
     """
     wanted, places = parse_dtype(dtype), parse_device_map(device_map)
     _check_target(model, out, overwrite)
+    given = {"data": dataset, "samples": samples, "length": length, "batch_size": batch_size, "place": activations}
+    chosen = {name: value for name, value in {**given, "device": device}.items() if value is not None}
+    from qhub.registry import registry
+
     with working():
         start = time.perf_counter()
         try:
             quantization = make_config(method, preset, bits, group_size, settings or [])
             _refuse_quantized(model)
             say(f"reading {model} and quantizing it with {method}")
-            loaded = load_model(model, quantization_config=quantization, dtype=wanted, device_map=places)
+            # Methods with data go block by block from folder to folder; the others are as quick as loading.
+            streams = registry.has(method, "qhub_calibration") and method not in registry.handed_back()
+            if streams:
+                loaded = calibration.stream(model, quantization, out, wanted, chosen, overwrite).model
+            else:
+                loaded = load_model(model, quantization_config=quantization, dtype=wanted, device_map=places)
         except ConfigError as error:
             # Every setting came from the command line.
             raise typer.BadParameter(str(error)) from error
@@ -92,12 +113,16 @@ def quantize(
             )
         quantized = time.perf_counter() - start
         say(f"saving to {out}")
-        loaded.save_pretrained(out, max_shard_size=max_shard_size)
+        if not streams:
+            loaded.save_pretrained(out, max_shard_size=max_shard_size)
         source = local_folder(model)
         companions = copy_companions(source, out)
         if push is not None:
             say(f"pushing to {push}")
-            _push(loaded, out, companions, push, private, max_shard_size)
+            if streams:
+                _push_folder(out, push, private)
+            else:
+                _push(loaded, out, companions, push, private, max_shard_size)
         data = {
             "model": model,
             "method": method,
@@ -183,6 +208,14 @@ def _push(model: Any, out: Path, companions: list[str], repo: str, private: bool
     model.push_to_hub(repo, private=private, max_shard_size=max_shard_size)
     if companions:
         HfApi().upload_folder(repo_id=repo, folder_path=out, allow_patterns=companions, commit_message="Add tokenizer")
+
+
+def _push_folder(out: Path, repo: str, private: bool) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=out, commit_message="Add quantized model")
 
 
 def _measured(model: Any, source: Path, out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A method that calibrates, kept simple and watched: it notes the statistics it gets, and rounds to the nearest code."""
+"""A method that calibrates, kept simple and watched: it notes its statistics, and rounds to the nearest code."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ class WatchedFormat(Format):
 
 class Watched:
     """The plugin. ``seen``: (weight, layout, statistics) of every call; ``tied``: of every equalization."""
+
+    config = WatchedConfig
 
     def __init__(self) -> None:
         self.seen: list[tuple[torch.Tensor, Any, dict[str, torch.Tensor]]] = []
@@ -116,3 +118,14 @@ def watched() -> Iterator[Watched]:
     install()
     yield plugin
     registry.unregister("watched")
+
+
+@pytest.fixture
+def tokens() -> Any:
+    """A function that returns ``count`` samples of random tokens below 128."""
+
+    def make(count: int = 6, length: int = 24, seed: int = 0) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, 128, (count, length), generator=generator).tolist()
+
+    return make

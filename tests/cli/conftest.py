@@ -105,7 +105,7 @@ def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         path = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
         settings = {name: value for name, value in os.environ.items() if not name.startswith("QHUB_")}
         return subprocess.run(
-            [sys.executable, "-m", "qhub.cli", *map(str, arguments)],
+            [sys.executable, "-m", "qhub", *map(str, arguments)],
             env={**settings, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
             cwd=ROOT,
             capture_output=True,

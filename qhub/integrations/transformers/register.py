@@ -1,5 +1,4 @@
-"""Puts every installed method into transformers' tables, and wraps the few places where transformers would go on in
-silence.
+"""Puts every installed method into transformers' tables, and wraps the few places that would go on in silence.
 
 Importing no plugin: names come from entry points, a plugin is loaded when its name is used. For a name that
 transformers knows, the plugin takes over; ``QHUB_NATIVE=a,b`` gives names back.
@@ -31,7 +30,7 @@ def install() -> None:
     process."""
     from transformers.quantizers import auto
 
-    native = frozenset(filter(None, (name.strip() for name in os.environ.get("QHUB_NATIVE", "").split(","))))
+    native = registry.handed_back()
     for name in registry.list():
         if name in native or name in _joined:
             continue

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ logger = logging.getLogger("qhub")
 _WEIGHT_FILES = re.compile(r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
-def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> dict[str, Tensor]:
+def entries_of_model(
+    model: Any, fmt: Format, original_names: bool = True, only: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Return every tensor to write for ``model``: quantized weights as ``fmt`` lays them out, the rest as they are.
+
+    ``only``: names of those to write, as in the model's state dictionary; None: all.
 
     ``original_names``: undo transformers' renamings and merges, so that fused experts are written one by one, as
     published checkpoints have them. An expert that cannot be cut out exactly is written under the fused parameter's own
@@ -39,6 +44,8 @@ def entries_of_model(model: Any, fmt: Format, original_names: bool = True) -> di
     state: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedTensor] = {}
     for name, value in model.state_dict().items():
+        if only is not None and name not in only:
+            continue
         if isinstance(value, QuantizedTensor):
             if name in own:
                 quantized[name] = value if value.device.type != "meta" else _offloaded(model, name)

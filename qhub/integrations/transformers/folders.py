@@ -1,0 +1,82 @@
+"""Folders with a model: their weight files, and what stands beside the weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COMPANIONS", "copy_companions", "local_folder", "model_class", "weight_files"]
+
+# What makes a folder usable besides weights and config.json: tokenizer, processors, chat templates. The model writes
+# its own generation_config.json.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+)
+
+
+def local_folder(model: str) -> Path:
+    """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=[*COMPANIONS, "*.safetensors.index.json"]))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the model in ``folder``; those that an index names, if there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names if (folder / name).is_file()]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def model_class(model: str) -> Any:
+    """Return the class that the config of ``model`` names; an automatic one when transformers does not have it."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model)
+    return getattr(transformers, next(iter(config.architectures or []), ""), transformers.AutoModelForCausalLM)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # To fnmatch a star may stand for folders too.
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, processor and chat template files unchanged, each put in place at once; return their names."""
+    copied = []
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source).as_posix()
+        if not file.is_file() or not any(_matches(name, pattern) for pattern in COMPANIONS):
+            continue
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{file.name}.", dir=place.parent)
+        os.close(handle)
+        try:
+            shutil.copyfile(file, beside)
+            Path(beside).chmod(0o644)
+            Path(beside).replace(place)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+        copied.append(name)
+    return copied
