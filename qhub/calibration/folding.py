@@ -48,15 +48,20 @@ class Producer:
         factor = torch.ones(_channel_count(self.module), device=weight.device)
         factor[channels] = 1 / scales.to(weight.device)
         one = 1.0 if offset else 0.0
+        changed = {}
+        for name, value in kept.items():
+            by = factor[:, None] if value.ndim == 2 and not _is_transposed(self.module) else factor
+            shift = one if name == "weight" else 0.0
+            changed[name] = (value.float() + shift) * by - shift
+            if value.ndim == 1:
+                changed[name] = changed[name].to(dtype).float()
         if weight.ndim == 1:
-            rounded = ((weight.float() + one) * factor - one).to(dtype).float() + one
-            exact = (rounded != 0) & (weight + one != 0)
-            factor = torch.where(exact, rounded / torch.where(exact, weight.float() + one, 1.0), factor)
+            before, after = weight.float() + one, changed["weight"] + one
+            exact = (before != 0) & (after != 0)
+            factor = torch.where(exact, after / torch.where(exact, before, 1.0), factor)
         try:
             for name, parameter in self.module.named_parameters(recurse=False):
-                by = factor[:, None] if parameter.ndim == 2 and not _is_transposed(self.module) else factor
-                shift = one if name == "weight" else 0.0
-                parameter.data.copy_((kept[name].float() + shift) * by - shift)
+                parameter.data.copy_(changed[name])
             yield (1 / factor)[channels]
         except BaseException:
             for name, parameter in self.module.named_parameters(recurse=False):

@@ -28,6 +28,10 @@ class WatchedConfig(MethodConfig):
     together: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        # Samples are of no use to whoever loads the result.
+        return {**super().to_dict(), "options": {}}
+
 
 class WatchedFormat(Format):
     """Writes the parts under their own names."""

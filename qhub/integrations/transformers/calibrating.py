@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,20 +51,29 @@ def calibrate(
     warnings: list[str] = []
     if samples is None:
         samples, warnings = samples_for(model, options)
-    caching, training = getattr(model.config, "use_cache", None), model.training
-    model.eval()
-    model.config.use_cache = False
-    try:
-        shown = None if progress is not None else bar()
-        calibration = Calibration(model, infos, plans, quantization, options, workshop, progress or shown)
-        calibration.report.warnings += warnings
+    shown = progress or bar()
+    calibration = Calibration(model, infos, plans, quantization, options, workshop, shown)
+    calibration.report.warnings += warnings
+    with _as_in_evaluation(model):
         return calibration.run(samples)
+
+
+@contextmanager
+def _as_in_evaluation(model: Any) -> Iterator[None]:
+    """Turn dropout off, and caches of keys and values: a block is called many times with what one call was given."""
+    training = model.training
+    # Encoder and decoder may have configs of their own.
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")}
+    before = {number: config.use_cache for number, config in configs.items()}
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
     finally:
         model.train(training)
-        if caching is None:
-            del model.config.use_cache
-        else:
-            model.config.use_cache = caching
+        for number, config in configs.items():
+            config.use_cache = before[number]
 
 
 def samples_for(model: Any, options: CalibrationOptions) -> tuple[list[dict[str, Any]], list[str]]:

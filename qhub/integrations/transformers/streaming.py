@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -30,12 +30,14 @@ from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers.calibrating import calibrate, options_of, samples_for
 from qhub.integrations.transformers.folders import local_folder, model_class, weight_files
 from qhub.integrations.transformers.memory import Releaser
-from qhub.integrations.transformers.quantizer import PluginQuantizer, quantizer_for
 from qhub.integrations.transformers.saving import entries_of_model, publish
 from qhub.integrations.transformers.weights import put_layers
 from qhub.layouts import Layout, Transform
 from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from qhub.integrations.transformers.quantizer import PluginQuantizer
 
 __all__ = ["Streamed", "quantize_folder"]
 
@@ -67,6 +69,9 @@ def quantize_folder(
     call goes on there after a kill. ``keep_work``: leave that folder in place. Raises :class:`CheckpointError` when it
     belongs to another run.
     """
+    # Imported late: it and transformers' own registry of quantizers import each other's neighbours.
+    from qhub.integrations.transformers.quantizer import quantizer_for
+
     _join_processes()
     method = config.quant_method if isinstance(config.quant_method, str) else config.quant_method.value
     work = out.with_name(out.name + ".partial")

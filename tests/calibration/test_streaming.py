@@ -1,0 +1,143 @@
+"""From folder to folder, one block in memory at a time: killed it goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qhub.errors import CheckpointError, UnsupportedError
+from qhub.integrations.transformers.streaming import quantize_folder
+
+PROGRAM = """
+import importlib.util, json, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("watching", {conftest!r})
+watching = importlib.util.module_from_spec(spec)
+sys.modules["watching"] = watching
+spec.loader.exec_module(watching)
+from qhub.registry import registry
+from qhub.integrations.transformers import install
+registry.register(watching.Watched(), "watched")
+install()
+from qhub.integrations.transformers.streaming import quantize_folder
+source, out, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+import torch
+torch.set_num_threads(1)
+done = quantize_folder(source, watching.WatchedConfig(bits=4, equalize=True, options=settings), out)
+print(json.dumps(dict(resumed=done.resumed, errors=[layer.error for layer in done.report.layers])))
+"""
+
+
+def start(source, out, settings, *launcher):
+    program = PROGRAM.format(conftest=str(Path(__file__).with_name("conftest.py")))
+    file = out.parent / "program.py"
+    file.write_text(program)
+    command = [sys.executable, *launcher, str(file), str(source), str(out), json.dumps(settings)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+        # What it took is in there.
+        if file.name != "calibration.json"
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "mixtral"])
+def test_the_result_is_that_of_a_model_in_memory(watched, tiny, tokens, tmp_path, architecture):
+    folder, out = tiny(architecture), tmp_path / "out"
+    settings = {"data": tokens(count=8, length=64), "min_tokens": 1}
+    config = watched.config(equalize=True, options=settings)
+    streamed = quantize_folder(str(folder), config, out)
+    assert not (tmp_path / "out.partial").exists()
+    direct = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([tokens()[0]])
+    assert torch.equal(direct(ids).logits, loaded(ids).logits)
+    assert [one.name for one in streamed.report.layers] == [one.name for one in direct.hf_quantizer.calibration.layers]
+    assert set(json.loads((out / "calibration.json").read_text())) == {"layers", "seconds", "warnings"}
+    # Nothing dense is left in memory.
+    blocks = streamed.model.get_submodule("transformer.h" if architecture == "gpt2" else "model.layers")
+    assert all(parameter.device.type == "meta" for parameter in blocks.parameters())
+
+
+def test_another_run_does_not_go_on_there(watched, tiny, tokens, tmp_path):
+    out = tmp_path / "out"
+    config = watched.config(options={"data": tokens()})
+    quantize_folder(str(tiny("llama")), config, out, keep_work=True)
+    with pytest.raises(CheckpointError, match=r"another run \(it differs in .*samples"):
+        quantize_folder(str(tiny("llama")), watched.config(options={"data": tokens(seed=1)}), out)
+    with pytest.raises(CheckpointError, match=r"differs in config"):
+        quantize_folder(str(tiny("llama")), watched.config(bits=5, options={"data": tokens()}), out)
+    assert quantize_folder(str(tiny("llama")), config, out).resumed == 2
+
+
+def test_a_method_that_needs_no_data_is_sent_to_from_pretrained(watched, tiny, tokens, tmp_path):
+    with pytest.raises(UnsupportedError, match="needs no data"):
+        quantize_folder(str(tiny("llama")), watched.config(statistics=()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wanted", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(doclm, tmp_path, wanted):
+    # Kills at random moments, spread over a run and its continuations.
+    generator = random.Random(0)
+    settings = {"data": torch.randint(3, 8000, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()}
+    began = time.perf_counter()
+    finish(start(doclm, tmp_path / "whole", settings))
+    whole = time.perf_counter() - began
+    out, kills, resumed = tmp_path / "killed", 0, 0
+    while kills < wanted:
+        process = start(doclm, out, settings)
+        try:
+            process.wait(timeout=generator.uniform(0.5, 0.95) * whole)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        # It got through: begin anew with the kills that are left.
+        resumed = max(resumed, finish(process)["resumed"])
+        assert digests(out) == digests(tmp_path / "whole")
+        for file in out.iterdir():
+            file.unlink()
+        out.rmdir()
+    resumed = max(resumed, finish(start(doclm, out, settings))["resumed"])
+    assert digests(out) == digests(tmp_path / "whole")
+    assert resumed > 0
+
+
+def test_two_processes_give_the_result_of_one(watched, tiny, tokens, tmp_path):
+    settings = {"data": tokens(count=8, length=48), "device": "cpu", "batch_size": 2}
+    one = finish(start(tiny("llama"), tmp_path / "one", settings))
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    finish(start(tiny("llama"), tmp_path / "two", settings, *launcher))
+    two = json.loads((tmp_path / "two" / "calibration.json").read_text())["layers"]
+    assert len(two) == len(one["errors"])
+    # Sums in another order: float32 rounding, which may tip a code here and there.
+    for a, b in zip(one["errors"], two, strict=True):
+        assert b["error"] == pytest.approx(a, rel=0.02)
+        assert b["tokens"] == 8 * 48
+    ids = torch.tensor([tokens()[0]])
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("one", "two"))
+    assert float((first - second).detach().norm() / first.norm()) < 0.02
