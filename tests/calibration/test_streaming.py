@@ -98,22 +98,32 @@ def test_a_method_that_needs_no_data_is_sent_to_from_pretrained(watched, tiny, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wanted", [2, pytest.param(10, marks=pytest.mark.slow)])
+def killed(process, work: Path, blocks: int, delay: float) -> bool:
+    """Kill the process ``delay`` seconds after ``blocks`` blocks are finished; False if it ended before."""
+    while process.poll() is None:
+        if len(list(work.glob("*.safetensors"))) >= blocks:
+            time.sleep(delay)
+            break
+        time.sleep(0.02)
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+@pytest.mark.parametrize("wanted", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(doclm, tmp_path, wanted):
-    # Kills at random moments, spread over a run and its continuations.
     generator = random.Random(0)
     settings = {"data": torch.randint(3, 8000, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()}
-    began = time.perf_counter()
     finish(start(doclm, tmp_path / "whole", settings))
-    whole = time.perf_counter() - began
     out, kills, resumed = tmp_path / "killed", 0, 0
+    work = tmp_path / "killed.partial"
     while kills < wanted:
+        there = len(list(work.glob("*.safetensors")))
         process = start(doclm, out, settings)
-        try:
-            process.wait(timeout=generator.uniform(0.5, 0.95) * whole)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        # Now and then before the first block is finished; the moment within a block is random.
+        if killed(process, work, max(there, generator.randint(0, 4) if wanted > 1 else 2), generator.random()):
             kills += 1
             continue
         # It got through: begin anew with the kills that are left.

@@ -65,7 +65,7 @@ def test_pieces_do_not_show(name: str, shape: tuple[int, int], dtype: torch.dtyp
     weight[3] = 0.0
     found = {}
     for size in (1 << 40, 3000):
-        monkeypatch.setattr(chunks, "CHUNK", size)
+        monkeypatch.setattr(chunks, "chunk_size", lambda device, size=size: size)
         found[size] = ENCODERS[name](weight)
     whole, cut = found.values()
     assert whole.keys() == cut.keys()
@@ -78,8 +78,8 @@ def test_pieces_do_not_show(name: str, shape: tuple[int, int], dtype: torch.dtyp
 @given(rows=st.integers(1, 300), cols=st.integers(1, 300), group=st.sampled_from([1, 2, 64, 96, 256]))
 def test_pieces_cover_the_rows_in_order_and_hold_whole_runs(rows: int, cols: int, group: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK", 2048)
-        pieces = list(row_chunks(rows, cols, group))
+        patch.setattr(chunks, "chunk_size", lambda device: 2048)
+        pieces = list(row_chunks(rows, cols, torch.device("cpu"), group))
     assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(rows))
     for piece in pieces[:-1]:
         count = piece.stop - piece.start
@@ -185,4 +185,3 @@ def test_at_most_the_largest_shard_beyond_the_quantized_model(name: str, models:
         f"{name}: {beyond / MIB:.1f} MiB beyond the quantized model of {quantized / MIB:.1f} MiB, "
         f"the largest shard has {max(shards) / MIB:.1f}"
     )
-    print(f"\n{name}: {beyond / MIB:.1f} MiB beyond {quantized / MIB:.1f} MiB, shard {max(shards) / MIB:.1f} MiB")
