@@ -1,5 +1,4 @@
-"""Measures what quantizing costs a model: perplexity and KL divergence of the dequantized weights, per method and
-preset.
+"""Measures what quantizing costs a model in perplexity and KL divergence, per method and preset.
 
 Weight-only, as the published comparisons are: each configuration is quantized through ``from_pretrained``, its weights
 are dequantized into a float32 model, and that model is read on the protocol of :mod:`qhub.evaluate` (24 windows of 512

@@ -1,5 +1,4 @@
-"""Quantizes a real model with every installed method, measures each, draws the result, and sends one through a Hub and
-back.
+"""Quantizes a real model with every method, measures each, draws the result, and sends one through a Hub and back.
 
 Run by ``make demo``. The model is ``examples/models/doclm-5m``; figures follow the protocol of :mod:`qhub.evaluate`.
 Nothing leaves this machine: the Hub is a server on the loopback interface.

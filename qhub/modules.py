@@ -1,5 +1,4 @@
-"""QuantLinear: an ``nn.Linear`` whose weight is a :class:`QuantizedTensor`, so that whatever trains or merges on one
-just works."""
+"""QuantLinear: an ``nn.Linear`` that holds a quantized weight, so that whatever trains or merges on one just works."""
 
 from __future__ import annotations
 

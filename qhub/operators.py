@@ -1,5 +1,4 @@
-"""What torch's functions and operators do to a quantized weight: those that keep it quantized, and those that need its
-kernels.
+"""What torch's functions do to a quantized weight: those that keep it quantized, and those that need its kernels.
 
 Everything that is not here runs on the dequantized weight (:meth:`QuantizedTensor.__torch_dispatch__`).
 """

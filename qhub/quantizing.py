@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qhub.errors import CheckpointError, UnsupportedError
 from qhub.layouts import Layout
+from qhub.layouts.chunks import all_finite
 from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.registry import registry
@@ -64,7 +65,7 @@ class Quantization:
 
         Raises :class:`CheckpointError` when they are not finite.
         """
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(
                 f"{info.name} holds NaN or infinity and cannot be quantized: the checkpoint is damaged"
             )

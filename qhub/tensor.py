@@ -159,8 +159,7 @@ class QuantizedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.quant_layout.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device={self.device}, "
-            f"{8 * self.nbytes / max(self.numel(), 1):.3f} bits per weight)"
+            f"device={self.device}, {8 * self.nbytes / max(self.numel(), 1):.3f} bits per weight)"
         )
 
     # -- protocols of torch ------------------------------------------------------------------------------------------
@@ -227,9 +226,8 @@ class QuantizedTensor(torch.Tensor):
 
 
 NO_GRADIENT = (
-    "a quantized weight cannot require gradients: its codes are integers. Train an adapter on it (any PEFT tuner), "
-    "or dequantize "
-    "the model first (model.dequantize())"
+    "a quantized weight cannot require gradients: its codes are integers. Train an adapter on it (any PEFT tuner), or "
+    "dequantize the model first (model.dequantize())"
 )
 
 

@@ -1,2 +1,1 @@
-"""What knows a host's internals, one host a file or folder: transformers, PEFT, the Hub. The rest of qhub knows
-none."""
+"""The only code that knows a host's internals, one host a file or folder: transformers, PEFT, the Hub."""

@@ -1,5 +1,4 @@
-"""The product ``y = x @ W.T + bias`` with a quantized W: eager call, autograd, and the operator that torch.compile
-sees."""
+"""The product ``y = x @ W.T + bias`` with a quantized W: eager, under autograd, and as torch.compile's operator."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a kernel says of itself: where it runs, on which layouts, for how many rows. Data only; the code comes on first
-use."""
+"""What a kernel says of itself, as data: where it runs, on which layouts, for how many rows."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
+from qhub.layouts.chunks import row_chunks
 from qhub.layouts.fitting import UniformFit
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
@@ -116,7 +117,16 @@ class Affine(Layout):
 
     def pack_codes(self, q: Tensor) -> Tensor:
         """Return the part ``qweight`` for codes ``q`` (..., N, K) of any dtype, whole numbers within the range."""
-        return q.to(torch.int8).contiguous() if self.signed else pack(q, self.bits)
+        if self.signed:
+            return q.to(torch.int8).contiguous()
+        flat = q.reshape(-1, self.in_features)
+        packed = torch.empty(
+            flat.shape[0], packed_length(self.in_features, self.bits), dtype=torch.uint8, device=q.device
+        )
+        # Widths that divide no byte are put together in 64-bit words: eight bytes per code.
+        for piece in row_chunks(flat.shape[0], self.in_features, q.device):
+            packed[piece] = pack(flat[piece], self.bits)
+        return packed.reshape(*q.shape[:-1], -1)
 
     def nearest(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         scales, zeros = self.scales_and_zeros(parts)

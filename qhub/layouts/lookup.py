@@ -69,8 +69,8 @@ class Lookup(Layout):
         scale = self.grid.spread(self.scales(parts))
         ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
         table, order = torch.sort(parts["table"])
-        place = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
-        q = self.grid.join(order[place].to(torch.uint8), self.out_features, self.in_features)
+        place = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2, out_int32=True)
+        q = self.grid.join(order.to(torch.uint8)[place], self.out_features, self.in_features)
         return {"qweight": pack(q, self.bits)}
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Nested:
     def values(self, name: str, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> Tensor:
         """Return the scales (..., *shape) in float32."""
         code = parts[name]
-        first = parts[f"{name}_table"][code.to(torch.int64)] if self.table else code.float()
+        first = parts[f"{name}_table"][code.to(torch.int32)] if self.table else code.float()
         batch = code.shape[: code.ndim - len(shape)]
         flat = first.reshape(*batch, -1)
         second = self._spread(parts[f"{name}_super"].float(), flat.shape[-1])
@@ -79,7 +79,7 @@ class Nested:
         dtype = getattr(torch, self.dtype)
         if self.table:
             table = parts[f"{name}_table"]
-            code = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
+            code = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2, out_int32=True)
         elif dtype.is_floating_point:
             code = saturated(ratio, dtype)
         else:

@@ -48,11 +48,10 @@ def test_known_files_decode_to_upstreams_weights(upstream):
 def test_chunks_do_not_show(monkeypatch):
     # 37 columns: runs of 64 cross rows, and the last one is short.
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(50, 37, generator=generator)
-    layout = blockwise(50, 37, nested_scales())
+    weight = torch.randn(150, 37, generator=generator)
+    layout = blockwise(150, 37, nested_scales())
     whole, whole_rows = quantize_blockwise(weight, layout, "fp4"), quantize_rows(weight)
-    monkeypatch.setattr("qhub_bitsandbytes.blockwise._CHUNK", 128)
-    monkeypatch.setattr("qhub_bitsandbytes.int8._CHUNK", 128)
+    monkeypatch.setattr("qhub.layouts.chunks.chunk_size", lambda device: 128)
     cut, cut_rows = quantize_blockwise(weight, layout, "fp4"), quantize_rows(weight)
     assert all(same_bytes(cut[name], part) for name, part in whole.items())
     assert all(same_bytes(cut_rows[name], part) for name, part in whole_rows.items())

@@ -1,5 +1,4 @@
-"""Reads the headers of checkpoint files and sorts their tensors, so that a bad file is refused before anything is
-loaded."""
+"""Reads and sorts the headers of checkpoint files, so that a bad file is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
                 continue
             raise CheckpointError(
                 f"{file} is not a safetensors file: reading it could run code that it contains. Convert it to "
-                "safetensors, or "
-                "set QHUB_ALLOW_PICKLE=1 if you trust its author"
+                "safetensors, or set QHUB_ALLOW_PICKLE=1 if you trust its author"
             )
         try:
             with safe_open(file, framework="pt") as opened:

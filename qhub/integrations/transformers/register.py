@@ -80,15 +80,13 @@ def _refuse_unknown(auto: Any) -> None:
             if method in registry.disabled():
                 raise UnknownMethodError(
                     f"this checkpoint is quantized with {method!r}, and QHUB_DISABLE={os.environ['QHUB_DISABLE']} "
-                    "turns that plugin "
-                    "off. Loading it would give random weights. Take the name out of QHUB_DISABLE"
+                    "turns that plugin off. Loading it would give random weights. Take the name out of QHUB_DISABLE"
                 )
             installed = ", ".join(registry.list()) or "none"
             raise UnknownMethodError(
                 f"this checkpoint is quantized with {method!r}, which neither transformers nor an installed plugin "
-                "serves "
-                f"(installed plugins: {installed}). Loading it would give random weights. Install the method's plugin: "
-                f"pip install qhub-{method.replace('_', '-')}"
+                f"serves (installed plugins: {installed}). Loading it would give random weights. Install the method's "
+                f"plugin: pip install qhub-{method.replace('_', '-')}"
             )
         return original(values)
 

@@ -1,5 +1,4 @@
-"""From file entries to quantized weights: matches a checkpoint with a model, and loads it through transformers' own
-loop.
+"""Loads quantized weights: matches a checkpoint with a model and feeds it through transformers' own loop.
 
 transformers loads by matching checkpoint keys with conversions. :class:`Router` is one more conversion that knows, for
 every entry of a quantized matrix, which parameter it belongs to; it builds the quantized matrices and runs
@@ -333,8 +332,7 @@ class Router(host.WeightConverter):
         if not isinstance(value, QuantizedTensor):
             warnings.warn(
                 f"{name}: the matrices that the checkpoint stores for it are laid out differently and cannot be kept "
-                "in one "
-                "quantized tensor; this weight is held dense",
+                "in one quantized tensor; this weight is held dense",
                 RuntimeWarning,
                 stacklevel=2,
             )

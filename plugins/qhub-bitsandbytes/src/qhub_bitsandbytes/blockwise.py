@@ -13,13 +13,11 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import Lookup
-from qhub.layouts.packing import pack
+from qhub.layouts.chunks import all_finite, row_chunks
+from qhub.layouts.packing import pack, packed_length
 from qhub_bitsandbytes.tables import QuantType, dynamic_map, value_table
 
 __all__ = ["quantize_blockwise", "quantize_scales"]
-
-# Weights converted to float32 at a time: a multiple of every block size, so that chunks hold whole blocks.
-_CHUNK = 1 << 22
 
 # Upstream's CPU code finds a nested code in a table of this many equal steps over [-1, 1].
 _STEPS = 1 << 16
@@ -32,16 +30,19 @@ def quantize_blockwise(weight: Tensor, layout: Lookup, quant_type: QuantType) ->
     halfway between two entries takes the smaller one. Raises :class:`LayoutError` if the weight holds NaN or
     infinity.
     """
-    # Upstream quantizes what is stored row by row, so a run of the flattened matrix may cross rows.
-    flat = weight.contiguous().reshape(-1)
+    n, k, group = layout.out_features, layout.in_features, layout.grid.cols
     table = value_table(quant_type).to(weight.device)
     ordered, order = torch.sort(table, stable=True)
-    middles = (ordered[:-1] + ordered[1:]) / 2
-    runs = [_quantize_run(run.float(), layout.grid.cols, middles) for run in flat.split(_CHUNK)]
-    places = torch.cat([places for places, _ in runs])
-    absmax = torch.cat([absmax for _, absmax in runs])
-    codes = order.to(torch.uint8)[places].reshape(layout.out_features, layout.in_features)
-    parts = {"qweight": pack(codes, 4), "table": table.clone()}
+    order, middles = order.to(torch.uint8), (ordered[:-1] + ordered[1:]) / 2
+    qweight = torch.empty(n, packed_length(k, 4), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n * k // group), dtype=torch.float32, device=weight.device)
+    # Upstream quantizes what is stored row by row, so a block of the flattened matrix may cross rows, but no chunk.
+    for rows in row_chunks(n, k, weight.device, group):
+        places, largest = _quantize_run(weight[rows].float().reshape(-1), group, middles)
+        qweight[rows] = pack(order[places].reshape(-1, k), 4)
+        first = rows.start * k // group
+        absmax[first : first + largest.shape[0]] = largest
+    parts = {"qweight": qweight, "table": table.clone()}
     if layout.scales_nested is None:
         return parts | {"scales": absmax.reshape(layout.scale_shape)}
     scales, supers, offset = quantize_scales(absmax, layout.scales_nested.group)
@@ -55,7 +56,7 @@ def quantize_blockwise(weight: Tensor, layout: Lookup, quant_type: QuantType) ->
 
 def _quantize_run(flat: Tensor, group: int, middles: Tensor) -> tuple[Tensor, Tensor]:
     """Return places in the sorted table (int32) and absmax of the blocks of ``flat`` (count,) float32."""
-    if not bool(torch.isfinite(flat).all()):
+    if not all_finite(flat):
         raise LayoutError(
             "the weight holds NaN or infinity, which no 4-bit block can store: check the checkpoint it came from"
         )
@@ -69,7 +70,7 @@ def _quantize_run(flat: Tensor, group: int, middles: Tensor) -> tuple[Tensor, Te
         last = rest.abs().amax().clamp_min(1e-38)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, rest / last])
-    return torch.bucketize(scaled.clamp(-1.0, 1.0), middles, out_int32=True), absmax
+    return torch.bucketize(scaled.clamp_(-1.0, 1.0), middles, out_int32=True), absmax
 
 
 def quantize_scales(absmax: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,16 +87,22 @@ def quantize_scales(absmax: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]
     missing = -centred.shape[0] % group
     blocks = torch.nn.functional.pad(centred, (0, missing)).reshape(-1, group)
     supers = blocks.abs().amax(-1)
-    # The clamp keeps 0/0 out of the lookup; upstream stores code 0 for a block of zeros.
-    normal = (blocks * (1.0 / supers.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)).clamp(-1.0, 1.0)
-    if absmax.device.type == "cpu":
-        steps = (normal + 1.0) * 0.5 * (_STEPS - 1) + 0.5
-        codes = _step_codes()[steps.to(torch.int64)]
-    else:
-        table = dynamic_map().to(absmax.device)
-        codes = torch.bucketize(normal, (table[:-1] + table[1:]) / 2).to(torch.uint8)
-    codes = codes.masked_fill((supers == 0).unsqueeze(-1), 0)
+    pieces = row_chunks(blocks.shape[0], group, blocks.device)
+    codes = torch.cat([_scale_codes(blocks[piece], supers[piece]) for piece in pieces])
     return codes.reshape(-1)[: absmax.shape[0]].contiguous(), supers, offset
+
+
+def _scale_codes(blocks: Tensor, supers: Tensor) -> Tensor:
+    """Return codes (count, group) uint8 for ``blocks`` (count, group) float32 under ``supers`` (count,)."""
+    # The clamp keeps 0/0 out of the lookup; upstream stores code 0 for a block of zeros.
+    normal = (blocks * (1.0 / supers.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)).clamp_(-1.0, 1.0)
+    if blocks.device.type == "cpu":
+        steps = (normal + 1.0) * 0.5 * (_STEPS - 1) + 0.5
+        codes = _step_codes()[steps.to(torch.int32)]
+    else:
+        table = dynamic_map().to(blocks.device)
+        codes = torch.bucketize(normal, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+    return codes.masked_fill_((supers == 0).unsqueeze(-1), 0)
 
 
 @cache

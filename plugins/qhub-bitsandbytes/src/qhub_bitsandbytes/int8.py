@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
+from qhub.layouts.chunks import all_finite, row_chunks
 
 __all__ = ["quantize_rows"]
-
-# Weights converted at a time, rounded down to whole rows.
-_CHUNK = 1 << 22
 
 
 def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
@@ -23,17 +21,16 @@ def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
     The weight may be of any float dtype. Raises :class:`LayoutError` if a value is NaN, infinite, or beyond the
     range of float16.
     """
-    rows = max(1, _CHUNK // weight.shape[1])
-    chunks = [_quantize(chunk) for chunk in weight.split(rows)]
-    return {
-        "qweight": torch.cat([codes for codes, _ in chunks]),
-        "scales": torch.cat([absmax for _, absmax in chunks]),
-    }
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
+        codes[rows], absmax[rows] = _quantize(weight[rows])
+    return {"qweight": codes, "scales": absmax}
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     half = weight.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
+    if not all_finite(half):
         raise LayoutError(
             "the weight holds NaN, infinity or magnitudes above 65,504: LLM.int8() quantizes float16 weights. "
             "Leave this module out with llm_int8_skip_modules, or quantize to 4 bits"

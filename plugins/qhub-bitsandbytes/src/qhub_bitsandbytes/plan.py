@@ -32,8 +32,7 @@ def _plan_blockwise(config: Any, weight: WeightInfo) -> LayerPlan:
     if count % storage.itemsize:
         raise ConfigError(
             f"bnb_4bit_quant_storage={storage}: {weight.name} of {weight.out_features}x{weight.in_features} packs "
-            f"into {count} "
-            f"bytes, not a multiple of {storage.itemsize}: use uint8, or leave the module out with "
+            f"into {count} bytes, not a multiple of {storage.itemsize}: use uint8, or leave the module out with "
             "llm_int8_skip_modules"
         )
     nested = nested_scales() if config.bnb_4bit_use_double_quant else None
