@@ -17,6 +17,7 @@ from qhub.hookspecs import hookimpl
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec, MethodConfig
     from qhub.errors import QhubError
+    from qhub.integrations.transformers.quantize import quantize
     from qhub.kernels import explain
     from qhub.modules import QuantLinear
     from qhub.registry import Registry
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "hookimpl",
     "plugins",
+    "quantize",
 ]
 
 # Where each public name lives: "module:name". A name never equals that of a submodule of this package, whose import
@@ -48,6 +50,7 @@ _HOMES = {
     "Registry": "qhub.registry:Registry",
     "explain": "qhub.kernels.explanation:explain",
     "plugins": "qhub.registry:registry",
+    "quantize": "qhub.integrations.transformers.quantize:quantize",
 }
 
 

@@ -22,6 +22,7 @@ from qhub.calibration.stacks import Call
 from qhub.calibration.statistics import Sums, needs_float_stream, neutral, rescaled
 from qhub.errors import CheckpointError, QhubError
 from qhub.layouts import Layout, Transform
+from qhub.layouts.chunks import all_finite
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.quantizing import Quantization
 from qhub.tensor import QuantizedTensor
@@ -256,6 +257,9 @@ class BlockWork:
     def _quantize_together(self, keys: Sequence[Key], statistics: Mapping[str, Tensor]) -> None:
         start = time.perf_counter()
         weights = [self.matrix(key) for key in keys]
+        for key, weight in zip(keys, weights, strict=True):
+            if not all_finite(weight):
+                raise CheckpointError(f"{key} holds NaN or infinity and cannot be quantized: the checkpoint is damaged")
         scale = self.scales.get(keys[0])
         stored = weights if scale is None else [weight * scale for weight in weights]
         given = statistics if scale is None or not len(statistics) else rescaled(statistics, 1 / scale)

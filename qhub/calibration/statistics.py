@@ -25,6 +25,9 @@ from qhub.errors import ConfigError
 
 __all__ = ["STATISTICS", "Sums", "needs_float_stream", "neutral", "rescaled"]
 
+# Of a symmetric product on a CPU.
+_BLOCKS, _SMALLEST_BLOCK = 4, 256
+
 STATISTICS = ("cross", "hessian", "mean_abs", "tokens")
 
 
@@ -65,17 +68,31 @@ class Sums:
         """Return the statistics by name, ``tokens`` among them."""
         count = max(self.tokens, 1)
         values = {name: value / count for name, value in self.tensors.items()}
+        if "hessian" in values:
+            upper = values["hessian"].triu()
+            values["hessian"] = upper + upper.triu(1).t()
         return {**values, "tokens": torch.tensor(self.tokens)}
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``a.T @ b`` to ``total``, the products of 16-bit numbers exact and their sum in float32."""
+    """Add ``a.T @ b`` to ``total``, the products of 16-bit numbers exact and their sum in float32.
+
+    For ``a is b``, a symmetric product, only blocks on and above the diagonal are sure to be added on a CPU:
+    :meth:`Sums.means` mirrors them.
+    """
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.dtype == b.dtype:
         # Tensor cores multiply 16-bit numbers exactly and add in float32.
         total += torch.mm(a.t(), b, out_dtype=torch.float32)
         return
     wide = a.float()
-    total.addmm_(wide.t(), wide if b is a else b.float())
+    if b is not a:
+        total.addmm_(wide.t(), b.float())
+        return
+    features = wide.shape[1]
+    size = features if a.is_cuda else max(-(-features // _BLOCKS), _SMALLEST_BLOCK)
+    for start in range(0, features, size):
+        # A third of the work is left out with four blocks.
+        total[start : start + size, start:].addmm_(wide[:, start : start + size].t(), wide[:, start:])
 
 
 def neutral(names: Iterable[str], features: int, device: torch.device) -> dict[str, Tensor]:

@@ -69,8 +69,7 @@ class PluginQuantizer(HfQuantizer):
             info = registry.list()[self.method]
             _say_once(
                 f"{self.method}: served by the plugin {info.distribution} {info.version}; QHUB_NATIVE={self.method} "
-                "gives it back "
-                "to transformers"
+                "gives it back to transformers"
             )
 
     # -- what transformers asks --------------------------------------------------------------------------------------
@@ -176,8 +175,8 @@ class PluginQuantizer(HfQuantizer):
         if on_disk:
             raise ConfigError(
                 f"device_map puts {len(on_disk)} quantized weights on the disk ({on_disk[0]}, ...): quantized "
-                "weights can be offloaded "
-                "to the CPU, not to the disk. Map those modules to 'cpu', or leave them unquantized"
+                "weights can be offloaded to the CPU, not to the disk. Map those modules to 'cpu', or leave them "
+                "unquantized"
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -187,8 +186,7 @@ class PluginQuantizer(HfQuantizer):
         if not self._headers:
             raise UnsupportedError(
                 f"a checkpoint quantized with {self.method} is loaded from files, not from a state_dict: save it to "
-                "a folder "
-                "and name that"
+                "a folder and name that"
             )
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
         model = self._model
@@ -198,10 +196,8 @@ class PluginQuantizer(HfQuantizer):
             some = ", ".join(list(self._headers)[:4])
             raise CheckpointError(
                 f"config.json says that this checkpoint is quantized with {self.method}, but no tensor in it is "
-                "stored that way: "
-                f"expected {len(eligible)} weights with entries like {sorted(fmt.markers)}, found {some}, ... Is the "
-                "method's name "
-                "right? No model was loaded"
+                f"stored that way: expected {len(eligible)} weights with entries like {sorted(fmt.markers)}, found "
+                f"{some}, ... Is the method's name right? No model was loaded"
             )
         infos = [source.info for route in routes for source in route.sources]
         routing.plan_sources(routes, self._ask_plan_of_file(infos), fmt, self.method)
@@ -288,6 +284,19 @@ class PluginQuantizer(HfQuantizer):
         if self.calibrates:
             self._calibrate(model)
         self._headers, self._loaded = {}, True
+        self._mark(model)
+        return result
+
+    def adopt(self, model: Any) -> None:
+        """Make a model that was quantized in memory one that saves, moves and dequantizes as a loaded one does."""
+        self._loaded = True
+        model.hf_quantizer = self
+        model.config.quantization_config = self.quantization_config
+        model.is_quantized = True
+        model.quantization_method = f"qhub/{self.method}"
+        self._mark(model)
+
+    def _mark(self, model: Any) -> None:
         use_plain_experts(model)
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for
         # no other library (peft/utils/other.py, prepare_model_for_kbit_training).
@@ -295,7 +304,6 @@ class PluginQuantizer(HfQuantizer):
         logger.info("%s: %d weights quantized, %d left as they are", self.method, len(self.plan), len(self.skipped))
         for name, reason in self.skipped.items():
             logger.debug("%s not quantized: %s", name, reason)
-        return result
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)

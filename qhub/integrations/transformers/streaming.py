@@ -101,6 +101,7 @@ def quantize_folder(
         model, quantizer.planned_infos(), quantizer.plan, quantizer.quantization, chosen, workshop, progress, samples
     )
     report.warnings[:0] = warnings
+    quantizer.calibration = report
     if sharing.rank() == 0:
         workshop.assemble(out, report)
         if not keep_work:
