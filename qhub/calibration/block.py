@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qhub.calibration import sharing
 from qhub.calibration.options import CalibrationOptions
 from qhub.calibration.products import Key, Products, common_inputs, features_of, keys_of
-from qhub.calibration.report import CalibrationReport, LayerReport
+from qhub.calibration.report import CalibrationReport, LayerReport, synchronize
 from qhub.calibration.stacks import Call
 from qhub.calibration.statistics import Sums, needs_float_stream, neutral, rescaled
 from qhub.errors import CheckpointError, QhubError
@@ -332,6 +332,7 @@ class BlockWork:
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = work()
+        synchronize(self._device())
         self.report.spend(phase, time.perf_counter() - start)
         return result
 

@@ -15,7 +15,7 @@ from qhub.calibration import sharing
 from qhub.calibration.activations import Activations, moved
 from qhub.calibration.block import BlockWork
 from qhub.calibration.options import CalibrationOptions
-from qhub.calibration.report import CalibrationReport
+from qhub.calibration.report import CalibrationReport, synchronize
 from qhub.calibration.stacks import Call, Stack, entering, find_stacks, first_reached, loose_weights, through
 from qhub.calibration.statistics import check_names, needs_float_stream
 from qhub.errors import ConfigError
@@ -179,6 +179,7 @@ class Calibration:
             work.quantize(self._equalize)
         start = time.perf_counter()
         outputs = self._outputs(module, ((number, call) for number, call, _ in calls()))
+        synchronize(self._device)
         self.report.spend("outputs", time.perf_counter() - start)
         start = time.perf_counter()
         self.workshop.finish(name, module, work.tensors() if work.plans else {}, work)

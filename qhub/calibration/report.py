@@ -6,7 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CalibrationReport", "LayerReport"]
+import torch
+
+__all__ = ["CalibrationReport", "LayerReport", "synchronize"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a phase's time is its own."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)
