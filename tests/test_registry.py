@@ -392,15 +392,14 @@ def test_arming_is_light():
     program = """
 import os
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-import torch, sys, time
-before = set(sys.modules)
-a = time.process_time()
+import gc, torch, time
 from importlib.metadata import entry_points
 entry = next(e for e in entry_points(group="torch.backends") if e.name == "qhub")
-b = time.process_time()
+# A collection of torch's objects takes 100 ms and falls where it falls: on Python 3.13 just here.
+gc.disable()
+start = time.process_time()
 entry.load()()
-c = time.process_time()
-print(c - b)
+print(time.process_time() - start)
 """
     assert median_ms(program) < 3 * 20
 

@@ -247,7 +247,7 @@ class BlockWork:
             if plan is None:
                 continue
             # A tall matrix of one row stands for the layout of them all.
-            tall = plan.rows_independent and key not in self.scales
+            tall = plan.rows_independent and self._input_scale(key) is None
             together.setdefault((plan.layout.with_rows(1), self.weights[key.name].dtype) if tall else key, []).append(
                 key
             )
@@ -260,7 +260,7 @@ class BlockWork:
         for key, weight in zip(keys, weights, strict=True):
             if not all_finite(weight):
                 raise CheckpointError(f"{key} holds NaN or infinity and cannot be quantized: the checkpoint is damaged")
-        scale = self.scales.get(keys[0])
+        scale = self._input_scale(keys[0])
         stored = weights if scale is None else [weight * scale for weight in weights]
         given = statistics if scale is None or not len(statistics) else rescaled(statistics, 1 / scale)
         layout = self.plans[keys[0].name].layout
@@ -293,6 +293,14 @@ class BlockWork:
                 LayerReport(str(key), _relative_error(weight, dense, given, scale), int(given["tokens"]), seconds)
             )
             self.matrix(key).copy_(dense)
+
+    def _input_scale(self, key: Key) -> Tensor | None:
+        """Return the input scale that the layout of ``key`` carries: if one expert of a parameter has one, all have."""
+        scale = self.scales.get(key)
+        if scale is None and key.expert is not None and any(other.name == key.name for other in self.scales):
+            matrix = self.matrix(key)
+            return torch.ones(matrix.shape[1], device=matrix.device)
+        return scale
 
     def matrix(self, key: Key) -> Tensor:
         """Return the dense weight of ``key`` as (N, K): a view that can be written into."""

@@ -27,6 +27,7 @@ from qhub.calibration.report import LayerReport
 from qhub.calibration.stacks import find_stacks
 from qhub.errors import UnsupportedError
 from qhub.integrations.model_card import write_card
+from qhub.integrations.transformers import install
 from qhub.integrations.transformers.calibrating import calibrate, options_of, samples_for
 from qhub.integrations.transformers.folders import local_folder, model_class, weight_files
 from qhub.integrations.transformers.memory import Releaser
@@ -69,7 +70,9 @@ def quantize_folder(
     call goes on there after a kill. ``keep_work``: leave that folder in place. Raises :class:`CheckpointError` when it
     belongs to another run.
     """
-    # Imported late: it and transformers' own registry of quantizers import each other's neighbours.
+    # Before the quantizer's module is imported: transformers' registry of quantizers, at the end of its own import,
+    # makes qhub import that module.
+    install()
     from qhub.integrations.transformers.quantizer import quantizer_for
 
     _join_processes()
