@@ -53,6 +53,7 @@ _GPTQ: dict[str, Any] = {"quant_method": "gptq", "group_size": 128, "damp_percen
 _AWQ: dict[str, Any] = {"quant_method": "awq", "group_size": 128}
 CALIBRATED: dict[str, dict[str, Any]] = {
     "GPTQ 4-bit g128": {**_GPTQ, "bits": 4},
+    "GPTQ 4-bit g128 ranges": {**_GPTQ, "bits": 4, "mse": 0.0},
     "GPTQ 4-bit g128 act-order": {**_GPTQ, "bits": 4, "desc_act": True},
     "GPTQ 3-bit g128": {**_GPTQ, "bits": 3},
     "GPTQ 2-bit g128": {**_GPTQ, "bits": 2},

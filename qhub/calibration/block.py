@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,11 +267,16 @@ class BlockWork:
         layout = self.plans[keys[0].name].layout
         if len(keys) > 1:
             layout = layout.with_rows(sum(weight.shape[0] for weight in weights))
+        names = ", ".join(map(str, keys))
         try:
-            parts = self.quantization.parts(torch.cat(stored) if len(keys) > 1 else stored[0], layout, given)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                parts = self.quantization.parts(torch.cat(stored) if len(keys) > 1 else stored[0], layout, given)
             layout.validate(parts)
         except QhubError as error:
-            raise type(error)(f"{', '.join(map(str, keys))}: {error}") from error
+            raise type(error)(f"{names}: {error}") from error
+        for warning in said:
+            self._warn(f"{names}: {warning.message}")
         if scale is not None:
             # The input is scaled before anything else happens to it.
             layout = dataclasses.replace(layout, transforms=(Transform("scale", "in"), *layout.transforms))

@@ -88,7 +88,7 @@ class Calibration:
             raise ConfigError(
                 f"{len(samples)} calibration samples for {sharing.processes()} processes: each needs at least one"
             )
-        batches = _batches(sharing.share(samples), self.options.batch_size)
+        batches = _batches(sharing.share(samples), self.options)
         stacks = find_stacks(self.model, self.plans)
         loose = loose_weights(stacks, self.plans)
         total = sum(len(stack.blocks) for stack in stacks) + bool(loose)
@@ -287,11 +287,12 @@ def _call(module: nn.Module, call: Call) -> Any:
         return module(*call[0], **call[1])
 
 
-def _batches(samples: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Join neighbours that have the same names and shapes, at most ``size`` of them."""
+def _batches(samples: Sequence[Mapping[str, Any]], options: CalibrationOptions) -> list[dict[str, Any]]:
+    """Join neighbours that have the same names and shapes."""
     batches: list[list[Mapping[str, Any]]] = []
     for sample in samples:
-        if batches and len(batches[-1]) < size and _alike(batches[-1][0], sample):
+        fits = batches and _alike(batches[-1][0], sample)
+        if fits and len(batches[-1]) < options.batch(sample["input_ids"].shape[-1]):
             batches[-1].append(sample)
         else:
             batches.append([sample])

@@ -15,7 +15,7 @@ from transformers import GPTQConfig
 
 from qhub.errors import ConfigError
 from qhub.layouts import Affine, Grid
-from qhub.plan import LayerPlan, Skip, WeightInfo
+from qhub.plan import Skip, WeightInfo
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj"
 
@@ -132,9 +132,10 @@ def test_neutral_values_are_taken() -> None:
 def test_layouts_follow_the_config() -> None:
     base = {"out_features": 64, "in_features": 128}
     found = _planned({"bits": 4, "group_size": 32}, _weight())
-    assert found == LayerPlan(Affine(**base, bits=4, grid=Grid.along_k(32), zero_point=8.0))
+    assert found.layout == Affine(**base, bits=4, grid=Grid.along_k(32), zero_point=8.0)
+    assert (found.statistics, found.rows_independent) == (("hessian",), True)
     found = _planned({"bits": 3, "group_size": -1, "desc_act": True, "sym": False}, _weight())
-    assert found == LayerPlan(Affine(**base, bits=3, grid=Grid.along_k(128), zero="value"))
+    assert found.layout == Affine(**base, bits=3, grid=Grid.along_k(128), zero="value")
     # A group larger than the row is the row.
     assert _planned({"bits": 8, "group_size": 1024, "desc_act": True}, _weight()).layout.grid == Grid.along_k(128)
     assert _planned({"bits": 8, "group_size": 64, "desc_act": True}, _weight()).layout.transforms == ACT_ORDER

@@ -11,7 +11,12 @@ _DATA = Path(__file__).parent / "data"
 
 class TestGptq(MethodConformance):
     method = "gptq"
-    can_quantize = False
+    # Short samples: the models write them themselves.
+    configs = [
+        {"bits": 4, "group_size": 32, "model_seqlen": 16},
+        {"bits": 3, "group_size": 64, "sym": False, "desc_act": True, "format": "gptq_v2", "model_seqlen": 16},
+        {"bits": 2, "group_size": 32, "sym": False, "quality": "high", "model_seqlen": 16},
+    ]
     checkpoint = [_DATA / f"tiny-llama-{case}" for case in ("b4-g32-act", "b4-g32-asym", "b3-g128-act-asym-v2")]
     bad_configs = [
         {"bits": 5},
@@ -19,5 +24,8 @@ class TestGptq(MethodConformance):
         {"bits": 4, "format": "marlin"},
         {"bits": 4, "pack_dtype": "int8"},
         {"bits": 4, "dynamic": {"+:.*q_proj": {"bits": 7}}},
+        {"bits": 4, "quality": "best"},
+        {"bits": 4, "damp_auto_increment": -1},
+        {"bits": 4, "static_groups": "yes"},
     ]
     native_packages = ("gptqmodel", "optimum", "auto_gptq")

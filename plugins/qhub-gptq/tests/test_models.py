@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qhub import QuantizedTensor
-from qhub.errors import CheckpointError, UnsupportedError
+from qhub.errors import CheckpointError
 
 
 def _quantized(model: Any) -> dict[str, QuantizedTensor]:
@@ -75,10 +75,27 @@ def test_logits_are_those_of_the_dequantized_model(folder: Path) -> None:
     torch.testing.assert_close(found, reference["logits_dequant"], rtol=0, atol=1e-2)
 
 
-def test_quantizing_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).dequantize().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="does not quantize"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GPTQConfig(bits=4))
+@pytest.mark.parametrize("given", [{}, {"quality": "high", "sym": False}, {"desc_act": True}], ids=str)
+def test_a_model_is_quantized_by_transformers_own_config(
+    given: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Excluded layers stay dense, and what is saved loads with the same logits and says how it was made."""
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).dequantize().save_pretrained(
+        tmp_path / "dense"
+    )
+    samples = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    config = GPTQConfig(bits=4, group_size=32, dataset=samples, dynamic={"-:.*o_proj": {}}, **given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert len(_quantized(model)) == 6
+    assert (model.model.layers[0].mlp.down_proj.weight.quant_layout.transforms == ()) == ("desc_act" not in given)
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(_logits(again), _logits(model))
+    written = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
+    assert "quality" not in written
+    assert written["dataset"] is None
+    assert (written["meta"] or {}).get("quality") == given.get("quality")
+    assert written["dynamic"] == {"-:.*o_proj": {}}
 
 
 def test_a_config_given_to_a_checkpoint_is_understood(checkpoint: Path) -> None:

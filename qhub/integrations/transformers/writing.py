@@ -39,7 +39,7 @@ def written_samples(model: Any, tokenizer: Any, options: CalibrationOptions, len
     device = model.get_input_embeddings().weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
-        for batch in first.split(max(options.batch_size, 16)):
+        for batch in first.split(max(options.batch_size or 16, 16)):
             ids = batch.to(device)
             common = {"pad_token_id": 0, "use_cache": True}
             greedy = min(_GREEDY, length - ids.shape[1])

@@ -1,11 +1,17 @@
-"""The qhub plugin of the method ``gptq``: reads, runs and writes GPTQ checkpoints, without gptqmodel or optimum.
+"""The qhub plugin of the method ``gptq``: quantizes, reads, runs and writes, without gptqmodel or optimum.
 
 Files::
 
-    config.py       which keys and values a config may hold
+    config.py       which keys and values a config may hold, and what they ask for
     gptq_config.py  transformers' GPTQConfig, which keeps every key of a config.json
+    initialize.py   how transformers' own class is made without optimum, no argument lost
     dynamic.py      gptqmodel's overrides and exclusions by module
     plan.py         the layout of each layer, and what a merge costs
+    quantize.py     one weight to its layout's tensors
+    hessian.py      the input's second moments: damping, order, factor
+    grids.py        scales and zeros
+    solver.py       GPTQ itself
+    refine.py       the quality option's coordinate descent
     words.py        strings of bits in 32-bit words, and the zeros of format v1
     order.py        group indices (act-order) to and from permutations
     format.py       the checkpoint entries
@@ -13,15 +19,18 @@ Files::
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qhub import hookimpl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qhub.calibration import CalibrationOptions
     from qhub.config import ConfigSpec
     from qhub.formats import Format
+    from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
     from qhub.plan import LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
@@ -44,6 +53,25 @@ def qhub_plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerP
 
 
 @hookimpl
+def qhub_calibration(config: Any) -> CalibrationOptions:
+    """Take data, tokenizer and lengths from the config."""
+    from qhub_gptq.config import calibration
+
+    return calibration(config)
+
+
+@hookimpl
+def qhub_quantize(
+    config: Any, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Choose codes one feature after the other, errors spread over those to come."""
+    from qhub_gptq.config import solver_options
+    from qhub_gptq.quantize import quantize
+
+    return quantize(weight, layout, statistics, solver_options(config, layout))
+
+
+@hookimpl
 def qhub_format(config: Any) -> Format:
     """Return the checkpoint entries of format v1 or v2."""
     from qhub_gptq.format import GptqFormat
@@ -61,11 +89,7 @@ def qhub_adapter() -> AdapterPolicy:
 
 @hookimpl
 def qhub_doctor() -> Iterable[Finding]:
-    """Say that checkpoints load, and what does not work."""
-    from qhub.reports import Finding
+    """Say that everything works here, and which other libraries are not used."""
+    from qhub_gptq.config import findings
 
-    message = "loads, runs and saves GPTQ checkpoints; this version does not quantize dense models"
-    others = [name for name in ("gptqmodel", "auto_gptq") if importlib.util.find_spec(name) is not None]
-    if others:
-        message += f"; {' and '.join(others)} installed too, qhub does not use it"
-    return [Finding("ok", "gptq", message)]
+    return findings()

@@ -1,17 +1,30 @@
-"""Which keys and values a GPTQ config may hold."""
+"""Which keys and values a GPTQ config may hold, and what it asks of the calibration and of the solver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from qhub.config import ConfigSpec
 from qhub.errors import ConfigError
 from qhub_gptq.dynamic import BITS, rules_of
 
-__all__ = ["FORMATS", "OTHER_KEYS", "check", "spec"]
+if TYPE_CHECKING:
+    from qhub.calibration import CalibrationOptions
+    from qhub.layouts import Layout
+    from qhub.reports import Finding
+    from qhub_gptq.quantize import Options
+
+__all__ = [
+    "FORMATS", "OTHER_KEYS", "QUALITIES", "calibration", "check", "findings", "quality_of", "solver_options", "spec",
+]  # fmt: skip
 
 FORMATS = ("gptq", "gptq_v2")
+
+# "standard": GPTQ as published. "high": searched grids, a target that makes up for earlier layers' errors, and
+# coordinate descent, in the same format.
+QUALITIES = ("standard", "high")
 
 # What config.json files hold besides the parameters of transformers' GPTQConfig. None of it changes how tensors are
 # read, except the keys of _NEUTRAL below and ``dynamic``.
@@ -36,6 +49,9 @@ OTHER_KEYS = frozenset(
     }
 )  # fmt: skip
 
+# gptqmodel's damp_auto_increment where none is given.
+_INCREMENT = 0.01
+
 # Keys that would change what the tensors mean, with the values under which they do not.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "method": ("gptq", None),
@@ -50,9 +66,25 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# gptqmodel takes asymmetric files of the first format from nobody but itself.
+_HIGH = {"group_size": 128, "sym": False, "format": "gptq_v2", "quality": "high"}
+
+
 def spec() -> ConfigSpec:
     """Return the description of transformers' GPTQConfig, for every key that its files hold."""
-    return ConfigSpec(cls="qhub_gptq.gptq_config:GPTQConfig", keys=OTHER_KEYS | {"checkpoint_format"}, check=check)
+    return ConfigSpec(
+        cls="qhub_gptq.gptq_config:GPTQConfig",
+        keys=OTHER_KEYS | {"checkpoint_format", "quality"},
+        check=check,
+        presets={
+            "4bit": {"bits": 4, "group_size": 128},
+            "4bit-act-order": {"bits": 4, "group_size": 128, "desc_act": True},
+            "4bit-high": {"bits": 4, **_HIGH},
+            "3bit-high": {"bits": 3, **_HIGH},
+            "2bit-high": {"bits": 2, **_HIGH},
+            "8bit": {"bits": 8, "group_size": 128},
+        },
+    )
 
 
 def check(config: Any) -> None:
@@ -62,9 +94,15 @@ def check(config: Any) -> None:
     group = config.group_size
     if type(group) is not int or (group != -1 and group < 1):
         raise ConfigError(f"group_size={group!r} of a gptq config: it is at least 1, or -1 for whole rows")
-    for name in ("desc_act", "sym"):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name}={getattr(config, name)!r} of a gptq config: it is true or false")
+    for name in ("desc_act", "sym", "static_groups"):
+        value = getattr(config, name, None)
+        if not isinstance(value, bool) and not (value is None and name == "static_groups"):
+            raise ConfigError(f"{name}={value!r} of a gptq config: it is true or false")
+    if quality_of(config) not in QUALITIES:
+        raise ConfigError(f"quality={quality_of(config)!r} of a gptq config: it is one of {QUALITIES}")
+    increment = getattr(config, "damp_auto_increment", None)
+    if increment is not None and (type(increment) not in (int, float) or not 0 <= increment < 1):
+        raise ConfigError(f"damp_auto_increment={increment!r} of a gptq config: it is at least 0 and below 1")
     if config.format not in FORMATS:
         raise ConfigError(
             f"format={config.format!r} of a gptq config: this plugin reads and writes {' and '.join(FORMATS)}. "
@@ -77,3 +115,63 @@ def check(config: Any) -> None:
                 f"{name}={value!r} of a gptq config: this plugin reads checkpoints with {name}={allowed[0]!r} only"
             )
     rules_of(config)
+    inside = config.modules_in_block_to_quantize
+    if inside is not None and not (
+        isinstance(inside, (list, tuple))
+        and all(isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) for names in inside)
+    ):
+        raise ConfigError(
+            f"modules_in_block_to_quantize={inside!r} of a gptq config: it is a list of lists of module names"
+        )
+
+
+def quality_of(config: Any) -> Any:
+    """Return the config's ``quality``, kept under ``meta``; "standard" where none is given."""
+    return (config.meta.get("quality") if isinstance(config.meta, dict) else None) or "standard"
+
+
+def calibration(config: Any) -> CalibrationOptions:
+    """Return what ``config`` asks of the engine: its ``dataset``, ``tokenizer``, ``model_seqlen`` and the like.
+
+    transformers' class has a batch of 1 where nothing is said, which is slow; the engine's own stands for that.
+    """
+    from qhub.calibration import CalibrationOptions
+
+    options: dict[str, Any] = {"data": config.dataset, "tokenizer": config.tokenizer, "length": config.model_seqlen}
+    if config.batch_size not in (None, 1):
+        options["batch_size"] = config.batch_size
+    return CalibrationOptions(**options, sequential="groups" if config.true_sequential else "block")
+
+
+def solver_options(config: Any, layout: Layout) -> Options:
+    """Return how the solver works for one layer of ``layout``.
+
+    A layout with a permutation was planned for act-order, without one it is either static groups or no act-order;
+    ``act_group_aware`` (gptqmodel 7.7, transformers 5.23) orders what is left of the freedom there. ``mse``:
+    gptqmodel's key for a search of scales; 0 turns it off, where nothing is said scales are searched.
+    """
+    from qhub_gptq.hessian import Damping
+    from qhub_gptq.quantize import Options
+
+    static, increment = bool(getattr(config, "static_groups", False)), getattr(config, "damp_auto_increment", None)
+    features = bool(layout.transforms) or (static and config.desc_act)
+    aware = bool(getattr(config, "act_group_aware", False))
+    high = quality_of(config) == "high"
+    return Options(
+        order="features" if features else "groups" if aware else "natural",
+        static_groups=static,
+        damping=Damping(config.damp_percent, _INCREMENT if increment is None else float(increment)),
+        search=high or getattr(config, "mse", None) != 0,
+        high=high,
+    )
+
+
+def findings() -> Iterable[Finding]:
+    """Return what ``qhub doctor`` says of GPTQ."""
+    from qhub.reports import Finding
+
+    message = "quantizes, loads, runs and saves GPTQ checkpoints without gptqmodel and optimum"
+    others = [name for name in ("gptqmodel", "auto_gptq", "optimum") if importlib.util.find_spec(name) is not None]
+    if others:
+        message += f"; {' and '.join(others)} installed too, qhub does not use it"
+    return [Finding("ok", "gptq", message)]

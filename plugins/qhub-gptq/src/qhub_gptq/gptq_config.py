@@ -12,6 +12,7 @@ from transformers.utils import quantization_config
 
 from qhub.errors import ConfigError
 from qhub_gptq.config import OTHER_KEYS
+from qhub_gptq.initialize import checked, initializer, written
 
 __all__ = ["GPTQConfig"]
 
@@ -20,7 +21,14 @@ _IN_META = ("act_group_aware", "damp_percent", "true_sequential")
 
 
 class GPTQConfig(quantization_config.GPTQConfig):
-    """Holds what transformers' own class holds, and the keys that gptqmodel, AutoGPTQ, optimum and AutoRound write."""
+    """Holds what transformers' own class holds, and the keys that gptqmodel, AutoGPTQ, optimum and AutoRound write.
+
+    ``quality="high"`` asks for the quality option (see :mod:`qhub_gptq.quantize`) and is kept under ``meta``.
+    """
+
+    __init__ = initializer(quantization_config.GPTQConfig.__init__)
+    post_init = checked(quantization_config.GPTQConfig.post_init)
+    to_dict = written(quantization_config.GPTQConfig.to_dict)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -54,11 +62,3 @@ class GPTQConfig(quantization_config.GPTQConfig):
             setattr(config, name, value)
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
-
-    def post_init(self) -> None:
-        """Check the arguments as transformers does, without asking for the optimum package."""
-        modules, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
-        try:
-            super().post_init()
-        finally:
-            self.modules_in_block_to_quantize = modules

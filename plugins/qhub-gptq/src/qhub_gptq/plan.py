@@ -8,6 +8,7 @@ from typing import Any
 from qhub.layouts import Affine, Grid, Transform
 from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, Skip, WeightInfo
+from qhub_gptq.config import quality_of
 from qhub_gptq.dynamic import Rule, Settings, rules_of, settings_of
 
 __all__ = ["ACT_ORDER", "layout_of", "merge_policy", "plan"]
@@ -18,24 +19,33 @@ ACT_ORDER = (Transform("permute", "in"),)
 def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan | Skip]:
     """Return the layout of each weight, or the entry of ``dynamic`` that leaves it out."""
     rules = rules_of(config)
+    statistics = ("cross", "hessian") if quality_of(config) == "high" else ("hessian",)
+    static = bool(getattr(config, "static_groups", False))
+    inside = getattr(config, "modules_in_block_to_quantize", None)
+    listed = None if inside is None else tuple(f".{name}" for names in inside for name in names)
     plans: dict[str, LayerPlan | Skip] = {}
     for weight in weights:
         found = settings_of(config, rules, weight.module)
         if weight.kind == "embedding":
             plans[weight.name] = Skip("gptq quantizes linear layers")
+        elif listed is not None and not f".{weight.module}".endswith(listed):
+            plans[weight.name] = Skip("it is not in modules_in_block_to_quantize")
         elif isinstance(found, Rule):
             plans[weight.name] = Skip(f"left out by {found.key!r} in dynamic")
         else:
-            plans[weight.name] = LayerPlan(layout_of(found, weight.out_features, weight.in_features))
+            layout = layout_of(found, weight.out_features, weight.in_features, static)
+            # A row is rounded by itself, whatever the others are.
+            plans[weight.name] = LayerPlan(layout, statistics=statistics, rows_independent=True)
     return plans
 
 
-def layout_of(settings: Settings, out_features: int, in_features: int) -> Affine:
+def layout_of(settings: Settings, out_features: int, in_features: int, static_groups: bool = False) -> Affine:
     """Return the layout ``w = scales * (q - zero)`` with one scale per row and ``group_size`` columns.
 
     With ``sym`` the zero is 2^(bits-1) everywhere and not kept as a tensor. With ``desc_act`` a group is made of the
-    columns that were quantized one after the other, so a permutation of the inputs puts them side by side. Source:
-    Frantar et al. 2022, "GPTQ", section 3; ``TorchLinear`` of gptqmodel 7.7 (gptqmodel/nn_modules/qlinear/torch.py).
+    columns that were quantized one after the other, so a permutation of the inputs puts them side by side; not with
+    ``static_groups``, where groups are made of neighbours whatever the order of quantizing.
+    Source: Frantar et al. 2022, "GPTQ", section 3; gptqmodel 7.7, ``TorchLinear`` (nn_modules/qlinear/torch.py).
     """
     group = in_features if settings.group_size == -1 else min(settings.group_size, in_features)
     return Affine(
@@ -46,7 +56,7 @@ def layout_of(settings: Settings, out_features: int, in_features: int) -> Affine
         zero="constant" if settings.sym else "value",
         zero_point=float(2 ** (settings.bits - 1)) if settings.sym else 0.0,
         # One group has no order.
-        transforms=ACT_ORDER if settings.desc_act and group < in_features else (),
+        transforms=ACT_ORDER if settings.desc_act and not static_groups and group < in_features else (),
     )
 
 
