@@ -85,11 +85,13 @@ def calibrated(folder: str, config: dict[str, Any], text: str) -> tuple[Any, flo
     from qhub.integrations.transformers.streaming import quantize_folder
     from qhub.registry import registry
 
+    # Small models, so in float32 on a GPU too: the peers' differences are in the methods, not in rounding activations.
+    options = {"data": text, "samples": 128, "length": 512, "dtype": torch.float32}
     parsed = registry.call(config["quant_method"], "qhub_config").parse(dict(config))
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         started = time.perf_counter()
-        quantize_folder(folder, parsed, out, options={"data": text, "samples": 128, "length": 512})
+        quantize_folder(folder, parsed, out, options=options)
         seconds = time.perf_counter() - started
         return AutoModelForCausalLM.from_pretrained(out), seconds
 
@@ -151,6 +153,7 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
         known["date"] = datetime.date.today().isoformat()
         known["python"] = platform.python_version()
+        known["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         known["versions"] = {p: version(p) for p in ("qhub-core", "torch", "transformers")}
         arguments.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
