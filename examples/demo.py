@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qhub
 from qhub import QuantizedTensor, plugins
 from qhub.evaluate import compare, decode_speed, windows_of
 from qhub.testing.hub_server import HubServer
@@ -30,6 +31,7 @@ from qhub.testing.hub_server import HubServer
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "models" / "doclm-5m"
 TEXT = HERE / "text" / "eval_mix.txt"
+CALIBRATION = TEXT.with_name("calibration.txt")
 
 
 @dataclass
@@ -52,8 +54,13 @@ def measure(
 ) -> tuple[Row, Any]:
     """Load the model, quantized if ``config`` is given, and measure it against ``base``."""
     started = time.perf_counter()
-    arguments = {} if config is None else {"quantization_config": {"quant_method": method, **config}}
-    model = AutoModelForCausalLM.from_pretrained(MODEL, **arguments)
+    if config is not None and plugins.has(method, "qhub_calibration"):
+        parsed = plugins.call(method, "qhub_config").parse({"quant_method": method, **config})
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        qhub.quantize(model, parsed, data=CALIBRATION, samples=32, length=256, progress=lambda *where: None)
+    else:
+        arguments = {} if config is None else {"quantization_config": {"quant_method": method, **config}}
+        model = AutoModelForCausalLM.from_pretrained(MODEL, **arguments)
     seconds = time.perf_counter() - started
     found = compare(model, base, tokens)
     speed = decode_speed(model, prompt, new_tokens=32, runs=3)

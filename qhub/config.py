@@ -17,7 +17,13 @@ from typing import Any, ClassVar, Self
 
 from qhub.errors import ConfigError
 
-__all__ = ["ConfigSpec", "MethodConfig"]
+__all__ = ["ConfigSpec", "MethodConfig", "method_of"]
+
+
+def method_of(config: Any) -> str:
+    """Return the ``quant_method`` of a config object; transformers' own classes keep it as an enumeration."""
+    method = config.quant_method
+    return str(getattr(method, "value", method))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from qhub.errors import CheckpointError
 
-__all__ = ["Journal", "fingerprint"]
+__all__ = ["JOURNAL", "Journal", "fingerprint"]
 
-_HEAD = "journal.json"
+# The file that says which run a folder belongs to.
+JOURNAL = "journal.json"
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
@@ -36,7 +37,7 @@ class Journal:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.folder = folder
-        head = folder / _HEAD
+        head = folder / JOURNAL
         mine = {"fingerprint": fingerprint(facts), "facts": json.loads(json.dumps(facts, default=str))}
         if head.is_file():
             found = json.loads(head.read_text())

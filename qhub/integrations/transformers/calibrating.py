@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm
 
 from qhub.calibration import Calibration, CalibrationOptions, CalibrationReport
 from qhub.calibration.block import BlockWork

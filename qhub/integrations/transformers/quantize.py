@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qhub.config import method_of
 from qhub.errors import ConfigError
 from qhub.registry import registry
 
@@ -44,7 +45,7 @@ def quantize(
     from qhub.integrations.transformers.folders import copy_companions, local_folder, model_class
     from qhub.integrations.transformers.streaming import quantize_folder
 
-    method = config.quant_method if isinstance(config.quant_method, str) else config.quant_method.value
+    method = method_of(config)
     if registry.has(method, "qhub_calibration"):
         done = quantize_folder(str(model), config, Path(out), options=chosen, progress=progress).model
     else:
@@ -63,7 +64,7 @@ def _in_place(model: Any, config: Any, options: dict[str, Any], progress: Any) -
         raise ConfigError(
             f"this {type(model).__name__} is quantized already: dequantize() it first, or load the unquantized model"
         )
-    method = config.quant_method if isinstance(config.quant_method, str) else config.quant_method.value
+    method = method_of(config)
     quantizer = quantizer_for(method, False)(config, pre_quantized=False)
     quantizer.plan_for(model)
     infos = quantizer.planned_infos()

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from qhub.calibration import CalibrationReport, sharing
 from qhub.calibration.block import BlockWork
 from qhub.calibration.engine import Progress
-from qhub.calibration.journal import Journal, fingerprint
+from qhub.calibration.journal import JOURNAL, Journal, fingerprint
 from qhub.calibration.products import Key
 from qhub.calibration.report import LayerReport
 from qhub.calibration.stacks import find_stacks
+from qhub.config import method_of
 from qhub.errors import UnsupportedError
 from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers import install
@@ -76,16 +77,23 @@ def quantize_folder(
     from qhub.integrations.transformers.quantizer import quantizer_for
 
     _join_processes()
-    method = config.quant_method if isinstance(config.quant_method, str) else config.quant_method.value
+    method = method_of(config)
     work = out.with_name(out.name + ".partial")
     chosen = options_of(method, config, **dict(options or {}))
     device = chosen.compute_device()
-    model, files = _open(source, dtype, work / f"offload-{sharing.rank()}", device)
-    quantizer = quantizer_for(method, False)(config, pre_quantized=False)
-    quantizer.plan_for(model)
-    if not quantizer.calibrates:
-        raise UnsupportedError(f"{method} needs no data for these settings: load it with from_pretrained, and save it")
-    samples, warnings = samples_for(model, chosen)
+    try:
+        model, files = _open(source, dtype, work / f"offload-{sharing.rank()}", device)
+        quantizer = quantizer_for(method, False)(config, pre_quantized=False)
+        quantizer.plan_for(model)
+        if not quantizer.calibrates:
+            raise UnsupportedError(
+                f"{method} needs no data for these settings: load it with from_pretrained, and save it"
+            )
+        samples, warnings = samples_for(model, chosen)
+    except BaseException:
+        if not (work / JOURNAL).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     facts = {
         "model": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
         "config": config.to_dict(),
