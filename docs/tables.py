@@ -1,8 +1,8 @@
-"""Writes the tables of the README from committed results; ``make tables`` runs it, a test checks that nothing is stale.
+"""Writes the tables of README and docs from committed results; ``make tables`` runs it, a test finds what is stale.
 
 ``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``,
 ``benchmarks/results/demo.json`` from ``python examples/demo.py --windows 24 --out DIR`` (its ``demo.json`` and, as
-``docs/images/demo.png``, its picture).
+``docs/images/demo.png``, its picture), ``benchmarks/results/quality*.json`` from ``python benchmarks/quality.py``.
 """
 
 from __future__ import annotations
@@ -84,28 +84,67 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def quality_table(rows: dict[str, Any], peers: dict[str, Any], note: str) -> str:
+    """Return the table of one model: every configuration, and the peer's figures where there are any."""
+    lines = [
+        "| configuration | bits per weight | perplexity | KL | top-1 | elsewhere: perplexity | KL | top-1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        mix, peer = row["mix"], peers.get(name)
+        other = "| | | |"
+        if peer is not None:
+            other = f"| {peer['perplexity']:.3f} | {peer['kl_mean']:.4f} | {100 * peer['top1']:.1f} % |"
+        lines.append(
+            f"| {name} | {row['bits_per_weight']:.3f} | {mix['perplexity']:.3f} | {mix['kl_mean']:.4f} | "
+            f"{100 * mix['top1']:.1f} % {other}"
+        )
+    return "\n".join([*lines, "", note])
+
+
+def quality_tables() -> str:
+    """Return the tables of all models."""
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("quality", "quality_calibrated")]
+    peers = json.loads((RESULTS / "peers_quality.json").read_text())
+    pieces = []
+    for model in results[1]["models"]:
+        rows = {name: row for result in results for name, row in result["models"].get(model, {}).items()}
+        base = next(iter(rows.values()))["mix"]["base_perplexity"]
+        note = f"The 16-bit model: {base:.3f}. Elsewhere: {peers['source']}."
+        pieces.append(f"### {model}\n\n{quality_table(rows, peers['models'].get(model, {}), note)}")
+    where = "; ".join(
+        f"{', '.join(f'{package} {number}' for package, number in result['versions'].items())}, Python "
+        f"{result['python']}, {result.get('hardware', 'CPU')}, {result['date']}"
+        for result in results
+    )
+    return "\n\n".join([*pieces, f"Measured with: {where}."])
+
+
 def filled(text: str, name: str, table: str) -> str:
     """Return ``text`` with the block ``name`` replaced by ``table``."""
     pattern = re.compile(rf"(<!-- table: {name} \(make tables\) -->\n).*?(<!-- end table -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no block for the table {name!r}")
+        raise SystemExit(f"the page has no block for the table {name!r}")
     return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
-def render(readme: str) -> str:
-    """Return the README with its tables filled from the committed results."""
+def render(file: Path) -> str:
+    """Return the page with its tables filled from the committed results."""
+    text = file.read_text(encoding="utf-8")
+    if file.name == "quality.md":
+        return filled(text, "quality", quality_tables())
     conformance = json.loads((RESULTS / "conformance.json").read_text(encoding="utf-8"))
     demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    return filled(filled(readme, "methods", methods_table(conformance)), "demo", demo_table(demo))
+    return filled(filled(text, "methods", methods_table(conformance)), "demo", demo_table(demo))
 
 
 def main() -> None:
-    file = ROOT / "README.md"
-    before = file.read_text(encoding="utf-8")
-    after = render(before)
-    if "--check" in sys.argv:
-        raise SystemExit(0 if before == after else "README.md is stale: run `make tables`")
-    file.write_text(after, encoding="utf-8")
+    for file in (ROOT / "README.md", ROOT / "docs" / "quality.md"):
+        after = render(file)
+        if "--check" not in sys.argv:
+            file.write_text(after, encoding="utf-8")
+        elif after != file.read_text(encoding="utf-8"):
+            raise SystemExit(f"{file.relative_to(ROOT)} is stale: run `make tables`")
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ class ConfigSpec:
     hold besides the parameters of ``cls.__init__``. ``check``: called with a config object, raises :class:`ConfigError`
     on values the method does not offer; None accepts all that the class accepts. ``skip``: attribute that lists modules
     to leave in 16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are
-    left alone when that list is not given. ``always_default_skip``: whether they are left alone even when it is given.
+    left alone when that list is not given. ``head``: attribute that, when true, has the output head quantized all the
+    same; None when the method has none. ``always_default_skip``: whether they are left alone even when it is given.
     ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the
     disk. ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is
     one. ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line
-    and the demo offer. ``from_options``: turns command-line options (``{"bits": 4}``) into config values; None takes
-    them as keys.
+    and the demo offer. ``companion``: a file that the method's own tools keep the config in; it is written beside
+    ``config.json`` and read where that says nothing of quantizing. ``from_options``: turns command-line options
+    (``{"bits": 4}``) into config values; None takes them as keys.
     """
 
     cls: type | str
@@ -51,6 +53,8 @@ class ConfigSpec:
     offload_skip: str | None = None
     prefers_accelerator: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    head: str | None = None
+    companion: str | None = None
     from_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def resolve(self) -> type:

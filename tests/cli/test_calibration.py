@@ -47,7 +47,7 @@ def test_an_existing_folder_is_left_alone(run, doclm, data, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     done = run("quantize", doclm, "-m", "gptq", "--dataset", data, "-o", out)
-    assert done.exit_code == 2 and "not empty" in " ".join(done.stderr.split())
+    assert done.exit_code == 2 and "--overwrite" in done.stderr
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,16 @@ _MADV_DONTNEED = 4
 
 
 class Releaser:
-    """Gives memory back while the weights of ``files`` are quantized one after the other; does nothing but on Linux."""
+    """Gives memory back while the weights of ``files`` are quantized one after the other; does nothing but on Linux.
+
+    Make it before the files are mapped. Mappings of the same files that are there already hold the weights of other
+    models, which may have been written into (training, folded scales): a page of theirs that is dropped would come back
+    as the file has it, so they are left alone.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = {str(file.resolve()) for file in files}
+        self._others = list(self._mappings()) if _libc() is not None else []
         self._pending = 0
 
     def done_with(self, nbytes: int) -> None:
@@ -41,14 +47,21 @@ class Releaser:
         libc = _libc()
         if libc is None:
             return
+        for start, end in self._mappings():
+            if any(start < other_end and other_start < end for other_start, other_end in self._others):
+                continue
+            # Private mappings that nothing writes to while loading: dropping a page loses nothing.
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+    def _mappings(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of each mapping of the files in this process."""
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5] in self._files:
                 start, end = (int(part, 16) for part in fields[0].split("-"))
-                # Private mappings of files that nothing writes to while loading: dropping a page loses nothing.
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+                yield start, end
 
 
 @cache

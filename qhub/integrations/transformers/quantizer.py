@@ -135,7 +135,8 @@ class PluginQuantizer(HfQuantizer):
         given = getattr(config, spec.skip, None) if spec.skip else None
         if spec.default_skip and (given is None or spec.always_default_skip):
             # The output head, tied weights and the last module: transformers' own rule.
-            patterns |= dict.fromkeys(self.get_modules_to_not_convert(model, None), "output head or tied weight")
+            left = set(self.get_modules_to_not_convert(model, None)) - self._wanted_head(model)
+            patterns |= dict.fromkeys(sorted(left), "output head or tied weight")
         patterns |= dict.fromkeys(given or [], f"listed in {spec.skip}")
         patterns |= dict.fromkeys(model._keep_in_fp32_modules or [], "the model keeps it in float32")
         if spec.offload_skip and getattr(config, spec.offload_skip, False) and isinstance(device_map, dict):
@@ -151,6 +152,19 @@ class PluginQuantizer(HfQuantizer):
                 pattern = matches(name.rpartition(".")[0], patterns)
             if pattern is not None:
                 self.skipped[name] = patterns[pattern]
+
+    def _wanted_head(self, model: Any) -> set[str]:
+        """Return the output head's name if the config asks for it to be quantized too."""
+        if not self.spec.head or not getattr(self.quantization_config, self.spec.head, False):
+            return set()
+        head = model.get_output_embeddings()
+        names = {name for name, module in model.named_modules() if module is head}
+        if any(f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}) for name in names):
+            raise ConfigError(
+                f"{self.spec.head}=True: the output head of this {type(model).__name__} is its embedding (tied), which "
+                "stays as it is: leave that setting out"
+            )
+        return names
 
     def _ask_plan(self, weights: list[WeightInfo]) -> dict[str, LayerPlan]:
         answer = registry.call(self.method, "qhub_plan", config=self.quantization_config, weights=weights)

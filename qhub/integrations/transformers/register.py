@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from qhub.errors import UnknownMethodError
+from qhub.integrations.transformers import companions
 from qhub.registry import registry
 
 __all__ = ["install"]
@@ -37,6 +38,7 @@ def install() -> None:
         _register(auto, name)
         _joined.add(name)
     _refuse_unknown(auto)
+    companions.wrap(auto)
     _wrap_model_methods()
 
 

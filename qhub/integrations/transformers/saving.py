@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -114,6 +115,7 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
         # The entries are in their original names already when transformers gets them.
         given.update(save_directory=staging, push_to_hub=False, save_original_format=False)
         original(*call.args, **call.kwargs)
+        write_companion(model, staging)
         written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
         publish(staging, target)
     finally:
@@ -121,6 +123,14 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
     if push is not None:
         push.send(model, target, written)
     return None
+
+
+def write_companion(model: Any, folder: Path) -> None:
+    """Write the config once more under the name that the method's own tools look for, if they have one."""
+    name = model.hf_quantizer.spec.companion
+    if name is not None:
+        values = model.hf_quantizer.quantization_config.to_dict()
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
 def publish(staging: Path, target: Path) -> None:

@@ -32,7 +32,7 @@ from qhub.integrations.transformers import install
 from qhub.integrations.transformers.calibrating import calibrate, options_of, samples_for
 from qhub.integrations.transformers.folders import local_folder, model_class, weight_files
 from qhub.integrations.transformers.memory import Releaser
-from qhub.integrations.transformers.saving import entries_of_model, publish
+from qhub.integrations.transformers.saving import entries_of_model, publish, write_companion
 from qhub.integrations.transformers.weights import put_layers
 from qhub.layouts import Layout, Transform
 from qhub.registry import registry
@@ -335,6 +335,7 @@ class _FolderWorkshop:
         model.config.save_pretrained(staging)
         if model.can_generate():
             model.generation_config.save_pretrained(staging)
+        write_companion(model, staging)
         write_card(model, staging)
         (staging / "calibration.json").write_text(json.dumps(report.as_data(), indent=1) + "\n")
 

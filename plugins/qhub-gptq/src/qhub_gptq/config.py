@@ -76,6 +76,8 @@ def spec() -> ConfigSpec:
         cls="qhub_gptq.gptq_config:GPTQConfig",
         keys=OTHER_KEYS | {"checkpoint_format", "quality"},
         check=check,
+        head="lm_head",
+        companion="quantize_config.json",
         presets={
             "4bit": {"bits": 4, "group_size": 128},
             "4bit-act-order": {"bits": 4, "group_size": 128, "desc_act": True},
