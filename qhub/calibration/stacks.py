@@ -85,6 +85,19 @@ def _return(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+def _until(places: list[int], index: int, previous: Any, stack: Stack) -> Callable[..., Any]:
+    """Return a forward for a block at ``places`` of its stack (several, if layers are shared), which answers with
+    ``previous`` before place ``index`` and ends the run there."""
+    calls = iter(places)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, index) < index:
+            return previous
+        raise _Reached((stack, args, kwargs))
+
+    return forward
+
+
 def _run(model: nn.Module, sample: Mapping[str, Any]) -> Any:
     """Run the model; return what a block that ends the run was called with, None when it ran to its end."""
     try:
@@ -125,10 +138,13 @@ def entering(
 
     ``previous``: what the block before it returned for this sample; of no meaning for the first.
     """
-    blocks = list(stack.blocks.values())
     answers = _finished(done)
-    answers |= dict.fromkeys(blocks[:index], _return(previous))
-    answers[blocks[index]] = _reach(stack)
+    places: dict[nn.Module, list[int]] = {}
+    for place, block in enumerate(stack.blocks.values()):
+        places.setdefault(block, []).append(place)
+    for block, own in places.items():
+        if own[0] <= index:
+            answers[block] = _until(own, index, previous, stack)
     with _answers(answers):
         reached = _run(model, sample)
     if reached is None:

@@ -117,7 +117,7 @@ def test_inputs_of_the_last_decoder_block_are_those_of_the_whole_model(watched, 
     assert float((found - hessian).norm() / hessian.norm()) < 0.05
 
 
-def test_layers_that_two_blocks_share_are_quantized_once(watched, tmp_path, tokens):
+def test_a_layer_outside_the_blocks_comes_last(watched, tmp_path, tokens):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2))
     config = watched.config(modules_to_not_convert=[], options={"data": tokens()})
@@ -125,5 +125,24 @@ def test_layers_that_two_blocks_share_are_quantized_once(watched, tmp_path, toke
     quantized = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     # The output head lies in no block: it is calibrated at the end, on the quantized model's last hidden states.
     layers = {layer.name: layer for layer in quantized.hf_quantizer.calibration.layers}
+    assert list(layers)[-1] == "lm_head.weight"
     assert layers["lm_head.weight"].tokens == 6 * 24
     assert layers["lm_head.weight"].error < 1e-3
+
+
+def test_a_block_that_stands_in_two_places_is_quantized_once(watched, tokens):
+    import qhub
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**SMALL, "num_hidden_layers": 3}, intermediate_size=96, num_key_value_heads=2)
+    model = tf.LlamaForCausalLM(config).eval()
+    model.model.layers[2] = model.model.layers[0]
+    ids = torch.tensor(tokens())
+    with torch.no_grad():
+        wanted = model(ids).logits
+    qhub.quantize(model, watched.config(), data=tokens())
+    names = [layer.name for layer in model.hf_quantizer.calibration.layers]
+    assert len(names) == len(set(names)) == 14
+    with torch.no_grad():
+        found = model(ids).logits
+    assert float((wanted - found).norm() / wanted.norm()) < 0.05
