@@ -9,21 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from qhub.calibration import Calibration, CalibrationOptions, CalibrationReport
-from qhub.calibration.block import BlockWork
 from qhub.calibration.data import check_samples, samples_of
 from qhub.calibration.engine import Progress, Workshop
 from qhub.errors import ConfigError
-from qhub.integrations.transformers.weights import put_layers
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.quantizing import Quantization
 from qhub.registry import registry
-from qhub.tensor import QuantizedTensor
 
-__all__ = ["LiveWorkshop", "bar", "calibrate", "options_of", "samples_for"]
+__all__ = ["bar", "calibrate", "options_of", "samples_for"]
 
 logger = logging.getLogger("qhub")
 
@@ -168,44 +165,3 @@ def bar() -> Progress:
             state["bar"].close()
 
     return show
-
-
-class LiveWorkshop:
-    """Works on a model in memory: blocks go to the compute device and come back quantized."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._before: dict[str, tuple[torch.device, torch.dtype]] = {}
-
-    def open(self, name: str, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-        if not name:
-            return
-        for local, parameter in module.named_parameters():
-            self._before[f"{name}.{local}"] = parameter.device, parameter.dtype
-            parameter.data = parameter.data.to(device, dtype or parameter.dtype)
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(device)
-
-    def finish(self, name: str, module: nn.Module, tensors: Mapping[str, QuantizedTensor], work: BlockWork) -> None:
-        places = {weight: self._before.get(weight, (self._parameter(weight).device, None))[0] for weight in tensors}
-        put_layers(self.model, (work.infos[weight] for weight in tensors))
-        for weight, tensor in tensors.items():
-            parent, _, leaf = weight.rpartition(".")
-            moved = nn.Parameter(tensor.to(places[weight]), requires_grad=False)
-            setattr(self.model.get_submodule(parent), leaf, moved)
-        if not name:
-            return
-        for local, parameter in module.named_parameters():
-            before = self._before.get(f"{name}.{local}")
-            if before is not None and not isinstance(parameter, QuantizedTensor):
-                parameter.data = parameter.data.to(*before)
-        home = next((place for place, _ in self._before.values()), None)
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(home) if home is not None else buffer.data
-        self._before.clear()
-
-    def restore(self, name: str, module: nn.Module, work: BlockWork) -> bool:
-        return False
-
-    def _parameter(self, name: str) -> Tensor:
-        return self.model.get_parameter(name)

@@ -56,9 +56,10 @@ def quantize(
 
 
 def _in_place(model: Any, config: Any, options: dict[str, Any], progress: Any) -> Any:
-    from qhub.integrations.transformers.calibrating import LiveWorkshop, calibrate, options_of
+    from qhub.integrations.transformers.calibrating import calibrate, options_of
     from qhub.integrations.transformers.quantizer import quantizer_for
     from qhub.integrations.transformers.weights import put_layers
+    from qhub.integrations.transformers.workshops import LiveWorkshop
 
     if getattr(model, "is_quantized", False):
         raise ConfigError(

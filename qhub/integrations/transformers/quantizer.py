@@ -280,7 +280,8 @@ class PluginQuantizer(HfQuantizer):
         return {name: self._weights[name] for name in self.plan}
 
     def _calibrate(self, model: Any) -> None:
-        from qhub.integrations.transformers.calibrating import LiveWorkshop, calibrate, options_of
+        from qhub.integrations.transformers.calibrating import calibrate, options_of
+        from qhub.integrations.transformers.workshops import LiveWorkshop
 
         options = options_of(self.method, self.quantization_config)
         self.calibration = calibrate(

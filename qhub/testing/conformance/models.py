@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["ARCHITECTURES", "INPUT", "VOCABULARY", "build_config", "write_model"]
+__all__ = ["ARCHITECTURES", "CONTEXT", "INPUT", "VOCABULARY", "build_config", "write_model"]
 
 VOCABULARY = 128
+# Tokens: longer than any input of a test, and short where a model writes its own calibration text.
+CONTEXT = 64
 INPUT = torch.arange(1, 10)[None]
 
 
 def _shared(hidden: int) -> dict[str, Any]:
-    return {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": hidden}
+    return {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": hidden,
+    }
 
 
 def _llama(hidden: int) -> Any:
@@ -27,7 +35,7 @@ def _llama(hidden: int) -> Any:
 def _opt(hidden: int) -> Any:
     from transformers import OPTConfig
 
-    return OPTConfig(**_shared(hidden), ffn_dim=2 * hidden, word_embed_proj_dim=hidden, max_position_embeddings=64)
+    return OPTConfig(**_shared(hidden), ffn_dim=2 * hidden, word_embed_proj_dim=hidden)
 
 
 def _qwen3_moe(hidden: int) -> Any:
