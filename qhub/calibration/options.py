@@ -70,6 +70,8 @@ class CalibrationOptions:
         """Return the device that blocks are computed on."""
         if self.device is not None:
             return torch.device(self.device)
-        if torch.accelerator.is_available():
-            return torch.accelerator.current_accelerator() or torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is not None:
+            # With its number: of several processes each has its own.
+            return torch.device(found.type, torch.accelerator.current_device_index())
         return torch.device("cpu")

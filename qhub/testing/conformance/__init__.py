@@ -24,7 +24,8 @@ The plugin must be installed (``pip install -e .``): some tests run in a fresh p
     saving.py     a save that fails leaves the previous files whole
 
 What they share: subject.py (what is tested), workbench.py (models made once per class), models.py (tiny architectures),
-processes.py (fresh processes), damage.py (ways to break a checkpoint), sabotage.py (kernels made to be refused).
+calibrating.py (few short samples), processes.py (fresh processes), damage.py (ways to break a checkpoint), sabotage.py
+(kernels made to be refused).
 """
 
 from qhub.testing.conformance.adapters import AdapterChecks

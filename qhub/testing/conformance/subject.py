@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from qhub.testing.conformance.calibrating import calibrate_with_few
 from qhub.testing.conformance.workbench import Workbench
 
 __all__ = ["KitBase", "Subject", "label"]
@@ -50,6 +51,8 @@ class KitBase:
     ``architectures``: tiny models that each config is put on, of those in :mod:`.models`; the first one also serves
     tests that need only one.
     ``hidden_size``: of those models; a multiple of 16.
+    ``calibration``: {field of :class:`qhub.calibration.CalibrationOptions`: value} that replaces what the configs ask
+    for, beside the few short samples of :mod:`.calibrating`. A fresh process calibrates as ``configs[0]`` says.
     """
 
     method: ClassVar[str] = ""
@@ -61,6 +64,7 @@ class KitBase:
     min_sqnr: ClassVar[Mapping[int, float]] = {}
     architectures: ClassVar[Sequence[str]] = ("llama", "opt", "qwen3_moe")
     hidden_size: ClassVar[int] = 128
+    calibration: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def checkpoints(cls) -> list[Path]:
@@ -103,8 +107,9 @@ class KitBase:
                 metafunc.parametrize(name, [value for _, value in made], ids=[ident for ident, _ in made])
 
     @pytest.fixture
-    def bench(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    def bench(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
         """Give the models of this class, each made when it is first asked for and kept for the other tests."""
+        calibrate_with_few(monkeypatch, self.calibration)
         threads = torch.get_num_threads()
         # On matrices this small a second thread only waits, and on a busy machine it waits long.
         torch.set_num_threads(1)
