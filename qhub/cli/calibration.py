@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Activations", "BatchSize", "Dataset", "Device", "Length", "Samples", "stream"]
+__all__ = ["Activations", "BatchSize", "Dataset", "Device", "Length", "Samples", "leads", "stream"]
 
 _PANEL = "Calibration (methods that need data)"
 
@@ -62,3 +62,10 @@ def stream(model: str, config: Any, out: Path, dtype: Any, options: dict[str, An
     except KeyboardInterrupt:
         say(f"interrupted: finished blocks are kept in {work}; the same command goes on from there")
         raise
+
+
+def leads() -> bool:
+    """Return whether this process is the first of those that calibrate together: the others have nothing to report."""
+    from qhub.calibration import sharing
+
+    return sharing.rank() == 0

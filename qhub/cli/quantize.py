@@ -111,6 +111,8 @@ def quantize(
             raise PluginError(
                 f"{method} is handed back to transformers by QHUB_NATIVE: unset it to quantize with the plugin"
             )
+        if streams and not calibration.leads():
+            return
         quantized = time.perf_counter() - start
         say(f"saving to {out}")
         if not streams:

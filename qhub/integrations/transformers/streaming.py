@@ -89,7 +89,7 @@ def quantize_folder(
         "config": config.to_dict(),
         "plan": sorted((name, repr(plan)) for name, plan in quantizer.plan.items()),
         "samples": fingerprint({"samples": [_plain(sample) for sample in samples]}),
-        "options": repr((chosen.batch_size, chosen.sequential, chosen.dtype, chosen.min_tokens, str(device))),
+        "options": repr((chosen.batch_size, chosen.sequential, chosen.dtype, chosen.min_tokens, device.type)),
         "versions": (torch.__version__, transformers.__version__),
         "dtype": str(model.dtype),
         "processes": sharing.processes(),
