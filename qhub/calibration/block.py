@@ -295,9 +295,9 @@ class BlockWork:
                 own, mine = cut[0], {name: part.clone() for name, part in cut[1].items()}
             self.parts[key] = own, {name: part.contiguous() for name, part in mine.items()}
             dense = own.dequantize(mine)
-            error = _relative_error(weight, dense, given, scale)
-            self.report.layers.append(LayerReport(str(key), error, int(given["tokens"]), seconds))
-            logger.info("%s: relative output error %s, %d tokens", key, error, int(given["tokens"]))
+            loss = _relative_error(weight, dense, given, scale)
+            self.report.layers.append(LayerReport(str(key), loss, int(given["tokens"]), seconds))
+            logger.info("%s: relative output error %s, %d tokens", key, loss, int(given["tokens"]))
             self.matrix(key).copy_(dense)
 
     def _input_scale(self, key: Key) -> Tensor | None:

@@ -71,7 +71,7 @@ class Calibration:
         self.quantization = quantization
         self.options = options
         self.workshop = workshop
-        self.report = CalibrationReport()
+        self.report = CalibrationReport(processes=sharing.processes())
         self._progress = progress or (lambda done, total, text: None)
         self._device = options.compute_device()
         self._dtype = options.dtype or (torch.float32 if self._device.type == "cpu" else None)

@@ -35,11 +35,12 @@ class LayerReport:
 
 @dataclass
 class CalibrationReport:
-    """Collects the reports of all layers; ``seconds`` by phase (capture, statistics, quantizing, outputs, files)."""
+    """Collects the reports of all layers; ``seconds`` by phase; ``processes``: how many calibrated together."""
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    processes: int = 1
 
     def spend(self, phase: str, seconds: float) -> None:
         """Add ``seconds`` to a phase."""

@@ -102,6 +102,8 @@ def quantize(
             streams = registry.has(method, "qhub_calibration") and method not in registry.handed_back()
             if streams:
                 loaded = calibration.stream(model, quantization, out, wanted, chosen, overwrite).model
+                if not calibration.leads():
+                    return
             else:
                 loaded = load_model(model, quantization_config=quantization, dtype=wanted, device_map=places)
         except ConfigError as error:
@@ -111,8 +113,6 @@ def quantize(
             raise PluginError(
                 f"{method} is handed back to transformers by QHUB_NATIVE: unset it to quantize with the plugin"
             )
-        if streams and not calibration.leads():
-            return
         quantized = time.perf_counter() - start
         say(f"saving to {out}")
         if not streams:

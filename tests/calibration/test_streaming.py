@@ -75,7 +75,7 @@ def test_the_result_is_that_of_a_model_in_memory(watched, tiny, tokens, tmp_path
     ids = torch.tensor([tokens()[0]])
     assert torch.equal(direct(ids).logits, loaded(ids).logits)
     assert [one.name for one in streamed.report.layers] == [one.name for one in direct.hf_quantizer.calibration.layers]
-    assert set(json.loads((out / "calibration.json").read_text())) == {"layers", "seconds", "warnings"}
+    assert set(json.loads((out / "calibration.json").read_text())) == {"layers", "seconds", "warnings", "processes"}
     # Nothing dense is left in memory.
     blocks = streamed.model.get_submodule("transformer.h" if architecture == "gpt2" else "model.layers")
     assert all(parameter.device.type == "meta" for parameter in blocks.parameters())
@@ -140,9 +140,14 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(doclm, tmp_path, wanted)
 def test_two_processes_give_the_result_of_one(watched, tiny, tokens, tmp_path):
     settings = {"data": tokens(count=8, length=48), "device": "cpu", "batch_size": 2}
     one = finish(start(tiny("llama"), tmp_path / "one", settings))
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    finish(start(tiny("llama"), tmp_path / "two", settings, *launcher))
-    two = json.loads((tmp_path / "two" / "calibration.json").read_text())["layers"]
+    # With --cpu accelerate starts one process, unless there is mpirun; its launcher for GPUs starts two, with gloo here.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    process = start(tiny("llama"), tmp_path / "two", settings, *launcher)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    report = json.loads((tmp_path / "two" / "calibration.json").read_text())
+    two = report["layers"]
+    assert report["processes"] == 2
     assert len(two) == len(one["errors"])
     # Sums in another order: float32 rounding, which may tip a code here and there.
     for a, b in zip(one["errors"], two, strict=True):

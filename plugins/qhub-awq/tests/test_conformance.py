@@ -12,9 +12,9 @@ _DATA = Path(__file__).parent / "data"
 class TestAwq(MethodConformance):
     method = "awq"
     configs = [
-        {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "model_seqlen": 16, "batch_size": 64},
-        {"bits": 4, "group_size": 64, "zero_point": False, "version": "gemv", "model_seqlen": 16, "batch_size": 64},
-        {"bits": 4, "group_size": 128, "zero_point": True, "version": "llm-awq", "model_seqlen": 16, "batch_size": 64},
+        {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        {"bits": 4, "group_size": 64, "zero_point": False, "version": "gemv"},
+        {"bits": 4, "group_size": 128, "zero_point": True, "version": "llm-awq"},
     ]
     checkpoint = [_DATA / f"tiny-llama-{case}" for case in ("gemm-g32", "gemv-g64", "gemv_fast-g128")]
     bad_configs = [

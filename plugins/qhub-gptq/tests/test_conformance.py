@@ -11,11 +11,10 @@ _DATA = Path(__file__).parent / "data"
 
 class TestGptq(MethodConformance):
     method = "gptq"
-    # Short samples: the models write them themselves.
     configs = [
-        {"bits": 4, "group_size": 32, "model_seqlen": 16},
-        {"bits": 3, "group_size": 64, "sym": False, "desc_act": True, "format": "gptq_v2", "model_seqlen": 16},
-        {"bits": 2, "group_size": 32, "sym": False, "quality": "high", "model_seqlen": 16},
+        {"bits": 4, "group_size": 32},
+        {"bits": 3, "group_size": 64, "sym": False, "desc_act": True, "format": "gptq_v2"},
+        {"bits": 2, "group_size": 32, "sym": False, "quality": "high"},
     ]
     checkpoint = [_DATA / f"tiny-llama-{case}" for case in ("b4-g32-act", "b4-g32-asym", "b3-g128-act-asym-v2")]
     bad_configs = [
