@@ -47,7 +47,8 @@ _OWN: dict[str, dict[str, Any]] = {
 _PEERS: dict[str, dict[str, Any]] = {
     "4 bits in 64, act-order": {"bits": 4, "group_size": 64, "desc_act": True},
     "3 bits in 32": {"bits": 3, "group_size": 32},
-    "8 bits, whole rows": {"bits": 8, "group_size": -1},
+    # Its default order needs groups.
+    "8 bits, whole rows": {"bits": 8, "group_size": -1, "act_group_aware": False},
     "2 bits in 64": {"bits": 2, "group_size": 64},
     "4 bits in 32, static groups, act-order": {
         "bits": 4, "group_size": 32, "desc_act": True, "static_groups": True
@@ -76,7 +77,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.role:
         jobs = json.loads((arguments.work / "jobs.json").read_text(encoding="utf-8"))
-        ROLES[arguments.role](arguments.model, arguments.work, jobs)
+        for folder, settings in jobs.items():
+            try:
+                ROLES[arguments.role](arguments.model, arguments.work, folder, settings)
+            except Exception as error:  # told in the result; the other settings go on
+                message = f"{arguments.role}: {type(error).__name__}: {error}"
+                with (arguments.work / f"{folder}.failed").open("a", encoding="utf-8") as file:
+                    file.write(message + "\n")
     else:
         _check(arguments)
 
@@ -88,59 +95,54 @@ def _samples(work: Path) -> torch.Tensor:
     return load_file(work / "tokens.safetensors")["calibration"]
 
 
-def _write(model: str, work: Path, jobs: dict[str, Any]) -> None:
+def _write(model: str, work: Path, folder: str, settings: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
-    for folder, settings in jobs.items():
-        # gptqmodel does not load a folder without one.
-        AutoTokenizer.from_pretrained(model).save_pretrained(work / folder)
-        config = GPTQConfig(**settings, dataset=[sample[None] for sample in _samples(work)])
-        AutoModelForCausalLM.from_pretrained(model, quantization_config=config).save_pretrained(work / folder)
+    config = GPTQConfig(**settings, dataset=[sample[None] for sample in _samples(work)])
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=config).save_pretrained(work / folder)
+    # gptqmodel does not load a folder without one.
+    AutoTokenizer.from_pretrained(model).save_pretrained(work / folder)
 
 
-def _read(model: str, work: Path, jobs: dict[str, Any]) -> None:
+def _read(model: str, work: Path, folder: str, settings: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
-    for folder in jobs:
-        loaded = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32).eval()
-        layouts = {name: p.quant_layout for name, p in loaded.named_parameters() if hasattr(p, "quant_layout")}
-        found = {"logits": _logits(loaded, work)}
-        loaded = loaded.dequantize()
-        for name, layout in layouts.items():
-            found[f"weight.{name}"] = loaded.get_parameter(name).detach().contiguous()
-            found[f"bits.{name}"] = torch.tensor(layout.bits)
-        save_file(found, work / f"{folder}.own")
+    loaded = AutoModelForCausalLM.from_pretrained(work / folder, dtype=torch.float32).eval()
+    layouts = {name: p.quant_layout for name, p in loaded.named_parameters() if hasattr(p, "quant_layout")}
+    found = {"logits": _logits(loaded, work)}
+    loaded = loaded.dequantize()
+    for name, layout in layouts.items():
+        found[f"weight.{name}"] = loaded.get_parameter(name).detach().contiguous()
+        found[f"bits.{name}"] = torch.tensor(layout.bits)
+    save_file(found, work / f"{folder}.own")
 
 
-def _write_peer(model: str, work: Path, jobs: dict[str, Any]) -> None:
+def _write_peer(model: str, work: Path, folder: str, settings: dict[str, Any]) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     data = [{"input_ids": s[None], "attention_mask": torch.ones_like(s)[None]} for s in _samples(work)]
-    for folder, settings in jobs.items():
-        loaded = GPTQModel.load(model, QuantizeConfig(**settings, offload_to_disk=False), device="cpu")
-        loaded.quantize(data)
-        loaded.save(str(work / folder))
+    loaded = GPTQModel.load(model, QuantizeConfig(**settings, offload_to_disk=False), device="cpu")
+    loaded.quantize(data)
+    loaded.save(str(work / folder))
 
 
-def _read_peer(model: str, work: Path, jobs: dict[str, Any]) -> None:
+def _read_peer(model: str, work: Path, folder: str, settings: dict[str, Any]) -> None:
     import gptqmodel
     import transformers
     from gptqmodel import BACKEND, GPTQModel
 
-    for folder in jobs:
-        loaded = GPTQModel.load(
-            str(work / folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16
-        ).model.eval()
-        # Before anything runs: its layers may keep other forms of what they hold once they have.
-        found = {}
-        for name, layer in loaded.named_modules():
-            if hasattr(layer, "qweight"):
-                found[f"weight.{name}.weight"] = layer.dequantize_weight().detach().t().contiguous()
-                found[f"bits.{name}.weight"] = torch.tensor(layer.bits)
-        save_file({**found, "logits": _logits(loaded, work)}, work / f"{folder}.peer")
     versions = {"gptqmodel": gptqmodel.__version__, "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
     (work / "versions.json").write_text(json.dumps(versions), encoding="utf-8")
+    quantized = GPTQModel.load(str(work / folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+    loaded = quantized.model.eval()
+    # Before anything runs: its layers may keep other forms of what they hold once they have.
+    found = {}
+    for name, layer in loaded.named_modules():
+        if hasattr(layer, "qweight"):
+            found[f"weight.{name}.weight"] = layer.dequantize_weight().detach().t().contiguous()
+            found[f"bits.{name}.weight"] = torch.tensor(layer.bits)
+    save_file({**found, "logits": _logits(loaded, work)}, work / f"{folder}.peer")
 
 
 def _logits(model: Any, work: Path) -> torch.Tensor:
@@ -148,7 +150,7 @@ def _logits(model: Any, work: Path) -> torch.Tensor:
         return model(load_file(work / "tokens.safetensors")["read"]).logits.float().contiguous()
 
 
-ROLES: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {
+ROLES: dict[str, Callable[[str, Path, str, dict[str, Any]], None]] = {
     "read": _read,
     "read-peer": _read_peer,
     "write": _write,
@@ -201,7 +203,7 @@ def _check(arguments: argparse.Namespace) -> None:
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     wrong = [name for found in results.values() for name, one in found.items() if not one["as_promised"]]
     if wrong:
-        raise SystemExit(f"not the same weights, or logits that are not finite: {wrong}")
+        raise SystemExit(f"failed, not the same weights, or logits that are not finite: {wrong}")
 
 
 def _folders(settings: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -217,7 +219,8 @@ def _spawn(arguments: argparse.Namespace, role: str, work: Path, jobs: dict[str,
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if role.endswith("-peer"):
         # Its pool of threads asks for one more than it makes itself on a machine of one or two cores, and fails.
-        environment |= {"QHUB_AUTOLOAD": "0", "GPTQMODEL_CPU_WORKERS": "2"}
+        # Its layers compile themselves for half a minute a checkpoint.
+        environment |= {"QHUB_AUTOLOAD": "0", "GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
     command = [python, __file__, arguments.model, "--role", role, "--work", str(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -227,6 +230,9 @@ def _spawn(arguments: argparse.Namespace, role: str, work: Path, jobs: dict[str,
 def _compare(model: str, work: Path, folder: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
+    failed = work / f"{folder}.failed"
+    if failed.exists():
+        return {"as_promised": False, "failed": failed.read_text(encoding="utf-8")}
     own, peer = load_file(work / f"{folder}.own"), load_file(work / f"{folder}.peer")
     names = sorted(name.removeprefix("weight.") for name in own if name.startswith("weight."))
     same_layers = sorted(own) == sorted(peer) and all(

@@ -10,6 +10,8 @@ Files::
     stacks.py       finds the blocks of a model, and what enters each of them
     activations.py  keeps what blocks return: on the device, in memory, on the disk
     folding.py      finds the operation before a layer, and moves input scales into it
+    collecting.py   the statistics of one block's inputs
+    equalizing.py   applies the input scales that a method chooses
     block.py        quantizes the weights of one block
     engine.py       the loop over blocks
     journal.py      what is finished, so that a killed run goes on

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qhub.calibration import sharing
+from qhub.calibration.collecting import Collector, Enough, Stage, matrices_of
 from qhub.calibration.options import CalibrationOptions
-from qhub.calibration.products import Key, Products, common_inputs, features_of, keys_of
+from qhub.calibration.products import Key, Products, common_inputs, keys_of
 from qhub.calibration.report import CalibrationReport, LayerReport, synchronize
 from qhub.calibration.stacks import Call
-from qhub.calibration.statistics import Sums, needs_float_stream, neutral, rescaled
+from qhub.calibration.statistics import needs_float_stream, rescaled
 from qhub.errors import CheckpointError, QhubError
 from qhub.layouts import Layout, Transform
 from qhub.layouts.chunks import all_finite
@@ -28,27 +30,11 @@ from qhub.plan import LayerPlan, WeightInfo
 from qhub.quantizing import Quantization
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["BlockWork", "Stage"]
+__all__ = ["BlockWork"]
 
 logger = logging.getLogger("qhub")
 
 Calls = Callable[[], Iterator[tuple[int, Call, Call | None]]]
-
-
-class _Enough(BaseException):
-    """Ends a run of the block where nothing more is to be seen."""
-
-
-@dataclass
-class Stage:
-    """Is what one pass looks at: groups of matrices with a common input, or all experts of one parameter."""
-
-    groups: list[list[Key]]
-    experts: bool = False
-
-    def leaders(self) -> dict[Key, int]:
-        """Return the first matrix of each group, with the group's number."""
-        return {group[0]: number for number, group in enumerate(self.groups)}
 
 
 @dataclass
@@ -73,9 +59,9 @@ class BlockWork:
     scales: dict[Key, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.weights = _matrices(self.module, self.prefix)
+        self.weights = matrices_of(self.module, self.prefix)
         self.names = {name for plan in self.plans.values() for name in plan.statistics}
-        self._original: nn.Module | None = None
+        self._collector = Collector(self)
 
     # -- what runs when ----------------------------------------------------------------------------------------------
 
@@ -86,9 +72,11 @@ class BlockWork:
         """
         seen: list[tuple[Key, Tensor]] = []
         for _, call, _ in self.calls():
-            self._run(call, lambda key, x: seen.append((key, x)))
+            self.observe(call, lambda key, x: seen.append((key, x)))
             if seen:
                 break
+        uses = Counter(key for key, _ in seen)
+        self._collector.repeats = any(count > 1 for count in uses.values())
         stages: list[Stage] = []
         by_parameter: dict[str, Stage] = {}
         reached: set[Key] = set()
@@ -106,28 +94,29 @@ class BlockWork:
         listed = {key for stage in stages for group in stage.groups for key in group}
         missing = [key for name in self.plans for key in self._keys(name) if key not in listed]
         stages += [Stage([[key]], experts=key.expert is not None) for key in missing]
-        return stages
+        # Processes see other samples and must add up the same sums.
+        return sharing.from_first(stages)
 
     def quantize(self, equalize: bool) -> None:
         """Quantize every planned weight; ``equalize``: whether the method chooses input scales first."""
         stages = self._timed("capture", self.stages)
         if needs_float_stream(self.names):
-            self._original = copy.deepcopy(self.module)
+            self._collector.original = copy.deepcopy(self.module)
         statistics: list[dict[int, dict[str, Tensor]]] | None = None
         if equalize:
-            statistics = self._timed("statistics", lambda: self._collect(stages))
+            statistics = self._timed("statistics", lambda: self._collector.collect(stages))
             for stage, found in zip(stages, statistics, strict=True):
                 self._timed("equalizing", lambda: self._equalize(stage, stages, found))  # noqa: B023
         elif self.options.sequential == "block":
-            statistics = self._timed("statistics", lambda: self._collect(stages))
+            statistics = self._timed("statistics", lambda: self._collector.collect(stages))
         for number, stage in enumerate(stages):
             if statistics is not None and self.options.sequential == "block":
                 found = statistics[number]
             else:
-                found = self._timed("statistics", lambda: self._collect([stage])[0])  # noqa: B023
+                found = self._timed("statistics", lambda: self._collector.collect([stage])[0])  # noqa: B023
             for index, group in enumerate(stage.groups):
                 self._timed("quantizing", lambda: self._quantize_group(group, found[index]))  # noqa: B023
-        self._original = None
+        self._collector.original = None
 
     def tensors(self) -> dict[str, QuantizedTensor]:
         """Return the quantized parameters by name."""
@@ -141,90 +130,6 @@ class BlockWork:
 
             result[name] = self.quantization.assemble(info, built)
         return result
-
-    # -- statistics --------------------------------------------------------------------------------------------------
-
-    def _collect(self, stages: Sequence[Stage]) -> list[dict[int, dict[str, Tensor]]]:
-        """Return {group number: statistics} for each of ``stages`` from one pass over the calls."""
-        leaders = {key: (s, g) for s, stage in enumerate(stages) for key, g in stage.leaders().items()}
-        groups = {(s, g): group for s, stage in enumerate(stages) for g, group in enumerate(stage.groups)}
-        last = not any(stage.experts for stage in stages)
-        wanted = {key for stage in stages for group in stage.groups for key in group}
-        sums = {place: Sums(self.names, self._features(group), self._device()) for place, group in groups.items()}
-        for _, call, float_call in self.calls():
-            floats = self._float_inputs(float_call, leaders)
-            counts = dict.fromkeys(leaders, 0)
-            remaining = set(wanted)
-
-            def seen(key: Key, x: Tensor) -> None:
-                if key in leaders:
-                    others = floats.get(key)  # noqa: B023
-                    number = counts[key]  # noqa: B023
-                    counts[key] += 1  # noqa: B023
-                    flat = features_of(x)
-                    other = features_of(others[number]) if others is not None and number < len(others) else None
-                    # Other experts may have got a token in the unquantized model: then the two inputs cannot be paired.
-                    paired = other if other is not None and other.shape == flat.shape else flat
-                    sums[leaders[key]].add(flat, paired)
-                remaining.discard(key)  # noqa: B023
-                if last and not remaining:  # noqa: B023
-                    raise _Enough
-
-            self._run(call, seen)
-        result: list[dict[int, dict[str, Tensor]]] = [{} for _ in stages]
-        for key, (stage, group) in leaders.items():
-            one = sums.pop((stage, group))
-            sharing.reduce_sums(one)
-            result[stage][group] = self._means(key, one, self._features(groups[stage, group]))
-        return result
-
-    def _means(self, key: Key, sums: Sums, features: int) -> dict[str, Tensor]:
-        values = sums.means()
-        for name, value in values.items():
-            if name != "tokens" and not bool(torch.isfinite(value).all()):
-                self._locate(key, name)
-        enough = self.options.min_tokens if key.expert is not None else 1
-        if sums.tokens >= enough:
-            return values
-        kind = "this expert" if key.expert is not None else "this layer"
-        self._warn(
-            f"{key}: {kind} saw {sums.tokens} tokens of the calibration, fewer than {enough}: its weights are rounded "
-            "as if all inputs were alike. More or more varied samples would help"
-        )
-        return neutral(self.names, features, self._device())
-
-    def _locate(self, key: Key, name: str) -> None:
-        """Raise an error that says in which sample the input of ``key`` is not finite."""
-        for batch, call, _ in self.calls():
-            bad: list[int] = []
-
-            def seen(other: Key, x: Tensor) -> None:
-                if other == key and not bool(torch.isfinite(x).all()):
-                    first = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
-                    bad.append(int((~torch.isfinite(first)).any(-1).nonzero()[0]))  # noqa: B023
-
-            self._run(call, seen)
-            if bad:
-                raise CheckpointError(
-                    f"{key}: its input holds NaN or infinity in calibration sample {bad[0]} of batch {batch}: the "
-                    "model overflows in this dtype, or its weights are damaged"
-                )
-        raise CheckpointError(
-            f"{key}: the statistic {name!r} of its inputs overflows float32: the inputs are too large"
-        )
-
-    def _float_inputs(self, call: Call | None, leaders: Mapping[Key, Any]) -> dict[Key, list[Tensor]]:
-        if call is None or self._original is None:
-            return {}
-        found: dict[Key, list[Tensor]] = {}
-
-        def seen(key: Key, x: Tensor) -> None:
-            if key in leaders:
-                found.setdefault(key, []).append(x)
-
-        with Products(_matrices(self._original, self.prefix), seen):
-            self.run(self._original, call)
-        return found
 
     # -- input scales ------------------------------------------------------------------------------------------------
 
@@ -276,7 +181,7 @@ class BlockWork:
         except QhubError as error:
             raise type(error)(f"{names}: {error}") from error
         for warning in said:
-            self._warn(f"{names}: {warning.message}")
+            self.warn(f"{names}: {warning.message}")
         if scale is not None:
             # The input is scaled before anything else happens to it.
             layout = dataclasses.replace(layout, transforms=(Transform("scale", "in"), *layout.transforms))
@@ -326,38 +231,30 @@ class BlockWork:
     def _keys(self, name: str) -> list[Key]:
         return keys_of(name, self.infos[name].experts)
 
-    def _features(self, group: Sequence[Key]) -> int:
+    def features(self, group: Sequence[Key]) -> int:
         return next(self.infos[key.name].in_features for key in group if key.name in self.infos)
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
         return next(iter(self.weights.values())).device
 
-    def _run(self, call: Call, seen: Callable[[Key, Tensor], None]) -> None:
+    def observe(self, call: Call, seen: Callable[[Key, Tensor], None]) -> None:
         try:
             with Products(self.weights, seen):
                 self.run(self.module, call)
-        except _Enough:
+        except Enough:
             pass
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         self.report.warnings.append(message)
         logger.warning(message)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = work()
-        synchronize(self._device())
+        synchronize(self.device)
         self.report.spend(phase, time.perf_counter() - start)
         return result
-
-
-def _matrices(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    lead = f"{prefix}." if prefix else ""
-    return {
-        lead + name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.ndim in (2, 3) and parameter.is_floating_point() and parameter.device.type != "meta"
-    }
 
 
 def _relative_error(

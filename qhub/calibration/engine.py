@@ -117,7 +117,7 @@ class Calibration:
             found = first_reached(self.model, self._sample(batch), self._finished(number), waiting)
             if sharing.processes() > 1:
                 # The first process decides: a stack that its samples do not reach is done when all others are.
-                return waiting[_from_first(0 if found is None else waiting.index(found), self._device)]
+                return waiting[sharing.from_first(0 if found is None else waiting.index(found))]
             if found is not None:
                 return found
         return waiting[0]
@@ -320,9 +320,3 @@ def _outer_device(model: Any) -> torch.device:
 def _outer_dtype(model: Any) -> torch.dtype:
     dtype = getattr(model, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(model.parameters()).dtype
-
-
-def _from_first(value: int, device: torch.device) -> int:
-    tensor = torch.tensor(value, device=device)
-    torch.distributed.broadcast(tensor, 0)
-    return int(tensor)

@@ -17,7 +17,8 @@ from qhub.errors import QhubError
 from qhub.registry import registry
 
 if TYPE_CHECKING:
-    from qhub.calibration.block import BlockWork, Stage
+    from qhub.calibration.block import BlockWork
+    from qhub.calibration.collecting import Stage
 
 __all__ = ["equalize_group"]
 
@@ -90,7 +91,7 @@ def _inputs(work: BlockWork, key: Key, call: Call, follow: bool = False) -> list
         if follow or other == key:
             found.append(features_of(x))
 
-    work._run(call, seen)
+    work.observe(call, seen)
     return found
 
 
@@ -109,7 +110,7 @@ def _producer(work: BlockWork, key: Key, call: Call) -> Producer | None:
 
     def until() -> None:
         with contextlib.suppress(_Here):
-            work._run(call, stop)
+            work.observe(call, stop)
 
     before = executed(work.module, until)
     if not before:
@@ -134,7 +135,7 @@ def _folded(
             def seen(key: Key, x: Tensor) -> None:
                 after.append(features_of(x) * applied if key in ours else features_of(x))
 
-            work._run(call, seen)
+            work.observe(call, seen)
             allowed = tolerance(before[0].dtype)
             for one, other in zip(before, after, strict=True):
                 power = one.float().square().sum()

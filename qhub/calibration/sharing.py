@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhub.calibration.statistics import Sums
 
-__all__ = ["barrier", "processes", "rank", "reduce_any", "reduce_sums", "share"]
+__all__ = ["barrier", "from_first", "processes", "rank", "reduce_sums", "share"]
 
 _T = TypeVar("_T")
 
@@ -40,9 +40,13 @@ def reduce_sums(sums: Sums) -> None:
     sums.tokens = int(_total(torch.tensor(sums.tokens), next(iter(sums.tensors.values()), torch.zeros(()))))
 
 
-def reduce_any(value: bool, device: torch.device) -> bool:
-    """Return whether any process says yes."""
-    return value if processes() == 1 else int(_total(torch.tensor(int(value)), torch.zeros((), device=device))) > 0
+def from_first(value: _T) -> _T:
+    """Return the value that the first process gives; a small one, it is pickled."""
+    if processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def barrier() -> None:

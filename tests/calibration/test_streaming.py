@@ -140,7 +140,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(doclm, tmp_path, wanted)
 def test_two_processes_give_the_result_of_one(watched, tiny, tokens, tmp_path):
     settings = {"data": tokens(count=8, length=48), "device": "cpu", "batch_size": 2}
     one = finish(start(tiny("llama"), tmp_path / "one", settings))
-    # With --cpu accelerate starts one process, unless there is mpirun; its launcher for GPUs starts two, with gloo here.
+    # With --cpu accelerate starts one process, unless there is mpirun; its launcher for GPUs starts two, with gloo.
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     process = start(tiny("llama"), tmp_path / "two", settings, *launcher)
     _, err = process.communicate(timeout=300)
