@@ -7,6 +7,7 @@ Files::
     data.py         samples from strings, files, datasets, or written by the model itself
     statistics.py   what can be known of a layer's inputs, as sums over tokens
     products.py     sees the products with a model's weights while it runs
+    memory.py       products that later passes over a block need not repeat
     stacks.py       finds the blocks of a model, and what enters each of them
     activations.py  keeps what blocks return: on the device, in memory, on the disk
     folding.py      finds the operation before a layer, and moves input scales into it

@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qhub.calibration import sharing
 from qhub.calibration.collecting import Collector, Enough, Stage, matrices_of
+from qhub.calibration.memory import ProductMemory, budget
 from qhub.calibration.options import CalibrationOptions
 from qhub.calibration.products import Key, Products, common_inputs, keys_of
 from qhub.calibration.report import CalibrationReport, LayerReport, synchronize
@@ -62,6 +63,7 @@ class BlockWork:
         self.weights = matrices_of(self.module, self.prefix)
         self.names = {name for plan in self.plans.values() for name in plan.statistics}
         self._collector = Collector(self)
+        self.memory = ProductMemory(0)
 
     # -- what runs when ----------------------------------------------------------------------------------------------
 
@@ -109,6 +111,8 @@ class BlockWork:
                 self._timed("equalizing", lambda: self._equalize(stage, stages, found))  # noqa: B023
         elif self.options.sequential == "block":
             statistics = self._timed("statistics", lambda: self._collector.collect(stages))
+        # From here on weights only become final, one group after the other.
+        self.memory = ProductMemory(budget(self.device))
         for number, stage in enumerate(stages):
             if statistics is not None and self.options.sequential == "block":
                 found = statistics[number]
@@ -116,6 +120,7 @@ class BlockWork:
                 found = self._timed("statistics", lambda: self._collector.collect([stage])[0])  # noqa: B023
             for index, group in enumerate(stage.groups):
                 self._timed("quantizing", lambda: self._quantize_group(group, found[index]))  # noqa: B023
+                self.memory.finished.update(group)
         self._collector.original = None
 
     def tensors(self) -> dict[str, QuantizedTensor]:
@@ -238,12 +243,28 @@ class BlockWork:
     def device(self) -> torch.device:
         return next(iter(self.weights.values())).device
 
-    def observe(self, call: Call, seen: Callable[[Key, Tensor], None]) -> None:
+    def observe(
+        self,
+        call: Call,
+        seen: Callable[[Key, Tensor], None],
+        number: int | None = None,
+        idle: Collection[Key] = (),
+    ) -> Any:
+        """Run the block and report its products; return what it returns, None if ``seen`` ended the run.
+
+        ``number``: of the batch, where finished layers' products may be taken from an earlier run of it. ``idle``:
+        matrices whose products are of no use in this run.
+        """
+        memory = None if number is None else self.memory.run(number)
         try:
-            with Products(self.weights, seen):
-                self.run(self.module, call)
+            with Products(self.weights, seen, memory, idle):
+                return self.run(self.module, call)
         except Enough:
-            pass
+            return None
+
+    def output(self, call: Call, number: int) -> Any:
+        """Return what the block, quantized, returns for one batch."""
+        return self.observe(call, lambda key, x: None, number)
 
     def warn(self, message: str) -> None:
         self.report.warnings.append(message)

@@ -58,7 +58,9 @@ class Collector:
             place: Sums(self._work.names, self._work.features(group), self._work.device)
             for place, group in groups.items()
         }
-        for _, call, float_call in self._work.calls():
+        # A run that ends with the last input of one group needs none of the group's products.
+        idle = frozenset(key for key in wanted if key.name in self._work.plans) if stops and len(groups) == 1 else ()
+        for number, call, float_call in self._work.calls():
             floats = self._float_inputs(float_call, leaders)
             counts = dict.fromkeys(leaders, 0)
             remaining = set(wanted)
@@ -66,10 +68,10 @@ class Collector:
             def seen(key: Key, x: Tensor) -> None:
                 if key in leaders:
                     others = floats.get(key)  # noqa: B023
-                    number = counts[key]  # noqa: B023
+                    use = counts[key]  # noqa: B023
                     counts[key] += 1  # noqa: B023
                     flat = features_of(x)
-                    other = features_of(others[number]) if others is not None and number < len(others) else None
+                    other = features_of(others[use]) if others is not None and use < len(others) else None
                     # Other experts may have got a token in the unquantized model: then the two inputs cannot be paired.
                     paired = other if other is not None and other.shape == flat.shape else flat
                     sums[leaders[key]].add(flat, paired)
@@ -77,7 +79,7 @@ class Collector:
                 if stops and not remaining:  # noqa: B023
                     raise Enough
 
-            self._work.observe(call, seen)
+            self._work.observe(call, seen, number, idle)
         result: list[dict[int, dict[str, Tensor]]] = [{} for _ in stages]
         for key, (stage, group) in leaders.items():
             one = sums.pop((stage, group))

@@ -130,3 +130,19 @@ def test_a_model_in_bfloat16_keeps_its_dtypes(watched, tiny, tokens):
         assert now.dtype == torch.bfloat16
         if name not in model.hf_quantizer.plan:
             assert torch.equal(now, parameter)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "opt"])
+def test_remembered_products_change_nothing(watched, tiny, tokens, architecture, monkeypatch):
+    from qhub.calibration import block
+
+    data = tokens(count=8, length=64)
+    results = []
+    for limit in (None, 0, 3 * 8 * 64 * 64 * 4):
+        if limit is not None:
+            # Nothing is remembered, or some of it.
+            monkeypatch.setattr(block, "budget", lambda device, limit=limit: limit)
+        config = watched.config(bits=3, options={"data": data, "min_tokens": 1, "batch_size": 2})
+        model = AutoModelForCausalLM.from_pretrained(tiny(architecture), quantization_config=config)
+        results.append([layer.error for layer in model.hf_quantizer.calibration.layers])
+    assert results[0] == results[1] == results[2]

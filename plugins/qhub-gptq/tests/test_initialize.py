@@ -100,7 +100,8 @@ def test_the_subclass_of_another_method_is_left_alone() -> None:
 
 
 def test_the_solver_does_what_the_config_says() -> None:
-    assert _options({}) == Options("groups", False, Damping(0.1, 0.01), False)
+    assert _options({}) == Options("groups", False, Damping(0.1, 0.01), search=True)
+    assert not _options({"mse": 0.0}).search
     assert _options({"damp_percent": 0.05, "damp_auto_increment": 0}).damping == Damping(0.05, 0)
     assert _options({"act_group_aware": False}).order == "natural"
     assert _options({"desc_act": True}).order == "features"

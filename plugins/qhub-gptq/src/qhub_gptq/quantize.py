@@ -38,7 +38,7 @@ class Options:
     order: Order = "natural"
     static_groups: bool = False
     damping: Damping = field(default_factory=lambda: Damping(0.05, 0.01))
-    search: bool = True
+    search: bool = False
     high: bool = False
 
 
@@ -108,7 +108,7 @@ def _solved(
         factor = torch.eye(hessian.shape[0], device=hessian.device)
 
     def choose(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        return searched(weight, importance, codes) if options.search else ranged(weight, codes)
+        return searched(weight, importance, codes) if options.search or options.high else ranged(weight, codes)
 
     importance = sorted_hessian.diagonal()
     if options.static_groups or (options.order == "features" and not permuted):
