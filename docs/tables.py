@@ -120,6 +120,27 @@ def quality_tables() -> str:
     return "\n\n".join([*pieces, f"Measured with: {where}."])
 
 
+def times_table() -> str:
+    """Return what quantizing with GPTQ takes, here and elsewhere."""
+    peers = json.loads((RESULTS / "peers_gptq.json").read_text())
+    (model, found), *_ = peers["models"].items()
+    medians = found["medians"]["seconds"]
+    ours = medians["qhub, mse=0.0"]
+    lines = [
+        f"| GPTQ 4-bit g128, {model}, {found['samples']} x {found['length']} tokens | seconds | ratio |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {seconds:.1f} | {seconds / ours:.2f} |" for name, seconds in sorted(medians.items())]
+    gpu = json.loads((RESULTS / "calibration_gpu.json").read_text())
+    for name, run in gpu["runs"].items():
+        phases = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run["phases"].items() if seconds >= 1)
+        lines += [
+            "",
+            f"{name} of {gpu['model']} with {gpu['samples']} on one {gpu['gpu']}: {run['seconds']:.0f} s ({phases}).",
+        ]
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, table: str) -> str:
     """Return ``text`` with the block ``name`` replaced by ``table``."""
     pattern = re.compile(rf"(<!-- table: {name} \(make tables\) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -132,7 +153,7 @@ def render(file: Path) -> str:
     """Return the page with its tables filled from the committed results."""
     text = file.read_text(encoding="utf-8")
     if file.name == "quality.md":
-        return filled(text, "quality", quality_tables())
+        return filled(filled(text, "quality", quality_tables()), "times", times_table())
     conformance = json.loads((RESULTS / "conformance.json").read_text(encoding="utf-8"))
     demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     return filled(filled(text, "methods", methods_table(conformance)), "demo", demo_table(demo))

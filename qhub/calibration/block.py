@@ -266,6 +266,10 @@ class BlockWork:
         """Return what the block, quantized, returns for one batch."""
         return self.observe(call, lambda key, x: None, number)
 
+    def forget(self) -> None:
+        """Drop the products that were remembered."""
+        self.memory = ProductMemory(0)
+
     def warn(self, message: str) -> None:
         self.report.warnings.append(message)
         logger.warning(message)

@@ -181,6 +181,9 @@ class Calibration:
         outputs = Activations(self.options.place, self.options.scratch)
         for number, call, _ in calls():
             outputs[number] = work.output(call, number)
+        # Not when the collector of cycles comes by: the next block needs the room.
+        work.forget()
+        cache.clear()
         synchronize(self._device)
         self.report.spend("outputs", time.perf_counter() - start)
         start = time.perf_counter()

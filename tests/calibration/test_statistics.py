@@ -146,3 +146,28 @@ def test_remembered_products_change_nothing(watched, tiny, tokens, architecture,
         model = AutoModelForCausalLM.from_pretrained(tiny(architecture), quantization_config=config)
         results.append([layer.error for layer in model.hf_quantizer.calibration.layers])
     assert results[0] == results[1] == results[2]
+
+
+def test_no_block_keeps_products_after_it_is_done(watched, tiny, tokens, monkeypatch):
+    import weakref
+
+    from qhub.calibration.memory import ProductMemory
+
+    kept = []
+    before = ProductMemory.run
+
+    def run(self, number):
+        kept.append((weakref.ref(self), len(self.kept)))
+        return before(self, number)
+
+    monkeypatch.setattr(ProductMemory, "run", run)
+    import gc
+
+    gc.disable()
+    try:
+        config = watched.config(options={"data": tokens()})
+        AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+        assert max(count for _, count in kept) > 0
+        assert all(memory() is None for memory, _ in kept)
+    finally:
+        gc.enable()
