@@ -25,6 +25,7 @@ from qhub.registry import registry
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "GPTQ 4-bit g128": {"quant_method": "gptq", "bits": 4, "group_size": 128, "damp_percent": 0.05},
+    "GPTQ 4-bit g128 ranges": {"quant_method": "gptq", "bits": 4, "group_size": 128, "damp_percent": 0.05, "mse": 0.0},
     "AWQ 4-bit g128": {"quant_method": "awq", "bits": 4, "group_size": 128},
 }
 
