@@ -95,6 +95,10 @@ def draw(rows: list[Row], base: float, file: Path) -> None:
         points = [row for row in rows if row.method == method]
         axes.scatter([p.bits for p in points], [p.perplexity for p in points], s=48, label=method, zorder=3)
         for point in points:
+            near = [r for r in rows if abs(r.bits - point.bits) < 0.5 and 0.8 < r.perplexity / point.perplexity < 1.25]
+            if len(near) > 3:
+                # In a crowd names would cover each other; the table has them.
+                continue
             # Methods of the same size lie close together: every second one is labelled below its points.
             place = (5, 6) if order % 2 else (5, -13)
             axes.annotate(
