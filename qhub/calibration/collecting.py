@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ class Collector:
     """
 
     def __init__(self, work: BlockWork) -> None:
-        self._work = work
+        # Weak, so that a block's weights go as soon as it is done, not when cycles are collected.
+        self._work = weakref.proxy(work)
         self.original: nn.Module | None = None
         self.repeats = False
 

@@ -71,8 +71,11 @@ def quantize_folder(
     work = out.with_name(out.name + ".partial")
     chosen = options_of(method, config, **dict(options or {}))
     device = chosen.compute_device()
+    files = weight_files(local_folder(source))
+    # Before the files are mapped: pages that others mapped earlier are not its to give back.
+    releaser = Releaser(files)
     try:
-        model, files = _open(source, dtype, work / f"offload-{sharing.rank()}", device)
+        model = _open(source, dtype, work / f"offload-{sharing.rank()}", device)
         quantizer = quantizer_for(method, False)(config, pre_quantized=False)
         quantizer.plan_for(model)
         if not quantizer.calibrates:
@@ -97,7 +100,7 @@ def quantize_folder(
     if sharing.rank() == 0:
         Journal(work, facts)
     sharing.barrier()
-    workshop = FolderWorkshop(model, quantizer, Journal(work, facts), Releaser(files))
+    workshop = FolderWorkshop(model, quantizer, Journal(work, facts), releaser)
     report = calibrate(
         model, quantizer.planned_infos(), quantizer.plan, quantizer.quantization, chosen, workshop, progress, samples
     )
@@ -119,10 +122,9 @@ def _join_processes() -> None:
         PartialState()
 
 
-def _open(source: str, dtype: Any, offload: Path, device: torch.device) -> tuple[Any, list[Path]]:
-    """Return the model with its blocks on the disk, everything else on ``device``, and the checkpoint's files."""
+def _open(source: str, dtype: Any, offload: Path, device: torch.device) -> Any:
+    """Return the model with its blocks on the disk, everything else on ``device``."""
     folder = local_folder(source)
-    files = weight_files(folder)
     cls = model_class(source)
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -133,8 +135,7 @@ def _open(source: str, dtype: Any, offload: Path, device: torch.device) -> tuple
     places = _places(hollow, "", {name for stack in stacks for name in stack.blocks}, str(device))
     del hollow
     shutil.rmtree(offload, ignore_errors=True)
-    model = cls.from_pretrained(folder, dtype=dtype, device_map=places, offload_folder=str(offload))
-    return model, files
+    return cls.from_pretrained(folder, dtype=dtype, device_map=places, offload_folder=str(offload))
 
 
 def _places(module: nn.Module, name: str, blocks: Collection[str], device: str) -> dict[str, str]:
