@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from qhub.errors import CheckpointError
 
 __all__ = ["JOURNAL", "Journal", "fingerprint"]
 
+logger = logging.getLogger("qhub")
+
 # The file that says which run a folder belongs to.
 JOURNAL = "journal.json"
 
@@ -32,25 +35,30 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 class Journal:
     """Keeps the finished blocks of one run in ``folder``.
 
-    Raises :class:`CheckpointError` when the folder belongs to another run. ``facts``: what the run depends on.
+    Raises :class:`CheckpointError` when the folder belongs to another run, unless that is to be thrown away
+    (``anew``). ``facts``: what the run depends on.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, Any], anew: bool = False) -> None:
         self.folder = folder
         head = folder / JOURNAL
         mine = {"fingerprint": fingerprint(facts), "facts": json.loads(json.dumps(facts, default=str))}
         if head.is_file():
             found = json.loads(head.read_text())
-            if found["fingerprint"] != mine["fingerprint"]:
+            if found["fingerprint"] == mine["fingerprint"]:
+                return
+            if not anew:
                 known = found.get("facts", {})
                 other = sorted(k for k in {*known, *mine["facts"]} if known.get(k) != mine["facts"].get(k))
                 raise CheckpointError(
                     f"{folder} holds the beginning of another run (it differs in {', '.join(other)}): remove that "
                     "folder to begin anew, or give the same model, settings and data as before to go on with it"
                 )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(head, json.dumps(mine, indent=1).encode())
+            logger.warning("starting anew: %s held the work of another run", folder)
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(head, json.dumps(mine, indent=1).encode())
 
     def finished(self, block: str) -> bool:
         """Return whether ``block`` was finished before."""

@@ -39,26 +39,14 @@ def stream(model: str, config: Any, out: Path, dtype: Any, options: dict[str, An
 
     ``overwrite``: a stopped run of other settings is thrown away. An interruption says how to go on.
     """
-    import shutil
-
     from qhub.cli.output import say
-    from qhub.errors import CheckpointError
-    from qhub.integrations.transformers import install
     from qhub.integrations.transformers.streaming import quantize_folder
 
-    install()
     work = out.with_name(out.name + ".partial")
     if work.is_dir():
         say(f"going on with what {work} holds of an earlier run")
     try:
-        try:
-            return quantize_folder(model, config, out, dtype=dtype, options=options)
-        except CheckpointError:
-            if not overwrite or not work.is_dir():
-                raise
-            say(f"starting anew: {work} held another run's work")
-            shutil.rmtree(work)
-            return quantize_folder(model, config, out, dtype=dtype, options=options)
+        return quantize_folder(model, config, out, dtype=dtype, options=options, anew=overwrite)
     except KeyboardInterrupt:
         say(f"interrupted: finished blocks are kept in {work}; the same command goes on from there")
         raise

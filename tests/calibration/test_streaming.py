@@ -89,7 +89,9 @@ def test_another_run_does_not_go_on_there(watched, tiny, tokens, tmp_path):
         quantize_folder(str(tiny("llama")), watched.config(options={"data": tokens(seed=1)}), out)
     with pytest.raises(CheckpointError, match=r"differs in config"):
         quantize_folder(str(tiny("llama")), watched.config(bits=5, options={"data": tokens()}), out)
-    assert quantize_folder(str(tiny("llama")), config, out).resumed == 2
+    assert quantize_folder(str(tiny("llama")), config, out, keep_work=True).resumed == 2
+    other = watched.config(bits=5, options={"data": tokens()})
+    assert quantize_folder(str(tiny("llama")), other, out, anew=True).resumed == 0
 
 
 def test_a_method_that_needs_no_data_is_sent_to_from_pretrained(watched, tiny, tokens, tmp_path):
@@ -156,3 +158,36 @@ def test_two_processes_give_the_result_of_one(watched, tiny, tokens, tmp_path):
     ids = torch.tensor([tokens()[0]])
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("one", "two"))
     assert float((first - second).detach().norm() / first.norm()) < 0.02
+
+
+def test_scales_folded_outside_the_blocks_are_kept(watched, tiny, tokens, tmp_path):
+    # The output head reads the last norm, which lies in no block and takes the head's input scales.
+    settings = {"data": tokens(count=8, length=64)}
+    config = watched.config(equalize=True, modules_to_not_convert=[], options=settings)
+    direct = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+    before = AutoModelForCausalLM.from_pretrained(tiny("llama")).model.norm.weight
+    assert not torch.equal(direct.model.norm.weight, before)
+    quantize_folder(str(tiny("llama")), config, tmp_path / "out", keep_work=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([tokens()[0]])
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, loaded(ids).logits)
+    # All is in the journal: going on with it gives the same.
+    assert quantize_folder(str(tiny("llama")), config, tmp_path / "out").resumed == 3
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, resumed(ids).logits)
+
+
+def test_a_repository_streams(watched, tiny, tokens, tmp_path):
+    from qhub.testing.hub_server import HubServer
+
+    config = watched.config(options={"data": tokens()})
+    with HubServer(tokens={"hf_test": "me"}) as hub, hub.activate(token="hf_test", cache_dir=tmp_path / "cache"):
+        AutoModelForCausalLM.from_pretrained(tiny("llama")).push_to_hub("me/dense")
+        quantize_folder("me/dense", config, tmp_path / "out")
+    direct = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+    ids = torch.tensor([tokens()[0]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, loaded(ids).logits)

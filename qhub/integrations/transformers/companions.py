@@ -25,8 +25,9 @@ def wrap(auto: Any) -> None:
 
     @functools.wraps(original)
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(config, "quantization_config", None) is None and quantization_config is None:
-            found = config_beside(Path(getattr(config, "name_or_path", "") or ""))
+        folder = getattr(config, "name_or_path", None)
+        if folder and getattr(config, "quantization_config", None) is None and quantization_config is None:
+            found = config_beside(Path(folder))
             if found is not None:
                 config.quantization_config = found
         return original(config, quantization_config, *args, **kwargs)

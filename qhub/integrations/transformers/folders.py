@@ -28,13 +28,19 @@ COMPANIONS = (
 )
 
 
-def local_folder(model: str) -> Path:
-    """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded."""
+def local_folder(model: str, weights: bool = False) -> Path:
+    """Return the folder of ``model``; for one on the Hub the cache's, into which its small files are downloaded.
+
+    ``weights``: configs and safetensors files too.
+    """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=[*COMPANIONS, "*.safetensors.index.json"]))
+    wanted = [*COMPANIONS, "*.safetensors.index.json"]
+    if weights:
+        wanted += ["config.json", "generation_config.json", "*.safetensors"]
+    return Path(snapshot_download(model, allow_patterns=wanted))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -53,13 +53,14 @@ def quantize_folder(
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
     keep_work: bool = False,
+    anew: bool = False,
 ) -> Streamed:
     """Quantize the model ``source`` (a folder or a repository) into the folder ``out``, streaming.
 
     ``options``: fields of :class:`CalibrationOptions` that win over what ``config`` says. ``dtype``: of what stays
     unquantized; ``"auto"``: as in the checkpoint. What is finished lies in ``<out>.partial`` until the end: the same
-    call goes on there after a kill. ``keep_work``: leave that folder in place. Raises :class:`CheckpointError` when it
-    belongs to another run.
+    call goes on there after a kill. ``keep_work``: leave that folder in place. ``anew``: throw away what another run
+    left there; otherwise that raises :class:`CheckpointError`.
     """
     # Before the quantizer's module is imported: transformers' registry of quantizers, at the end of its own import,
     # makes qhub import that module.
@@ -71,11 +72,12 @@ def quantize_folder(
     work = out.with_name(out.name + ".partial")
     chosen = options_of(method, config, **dict(options or {}))
     device = chosen.compute_device()
-    files = weight_files(local_folder(source))
+    folder = local_folder(source, weights=True)
+    files = weight_files(folder)
     # Before the files are mapped: pages that others mapped earlier are not its to give back.
     releaser = Releaser(files)
     try:
-        model = _open(source, dtype, work / f"offload-{sharing.rank()}", device)
+        model = _open(folder, dtype, work / f"offload-{sharing.rank()}", device)
         quantizer = quantizer_for(method, False)(config, pre_quantized=False)
         quantizer.plan_for(model)
         if not quantizer.calibrates:
@@ -98,7 +100,7 @@ def quantize_folder(
         "processes": sharing.processes(),
     }
     if sharing.rank() == 0:
-        Journal(work, facts)
+        Journal(work, facts, anew)
     sharing.barrier()
     workshop = FolderWorkshop(model, quantizer, Journal(work, facts), releaser)
     report = calibrate(
@@ -122,16 +124,15 @@ def _join_processes() -> None:
         PartialState()
 
 
-def _open(source: str, dtype: Any, offload: Path, device: torch.device) -> Any:
+def _open(folder: Path, dtype: Any, offload: Path, device: torch.device) -> Any:
     """Return the model with its blocks on the disk, everything else on ``device``."""
-    folder = local_folder(source)
-    cls = model_class(source)
+    cls = model_class(str(folder))
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         hollow = cls(config) if not hasattr(cls, "from_config") else cls.from_config(config)
     stacks = find_stacks(hollow, [name for name, p in hollow.named_parameters() if p.ndim >= 2])
     if not stacks:
-        raise UnsupportedError(f"{source} has no list of blocks to stream: load it with from_pretrained instead")
+        raise UnsupportedError(f"{folder} has no list of blocks to stream: load it with from_pretrained instead")
     places = _places(hollow, "", {name for stack in stacks for name in stack.blocks}, str(device))
     del hollow
     shutil.rmtree(offload, ignore_errors=True)

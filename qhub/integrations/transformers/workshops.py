@@ -83,7 +83,8 @@ class FolderWorkshop:
         self._releaser = releaser
         self._blocks: list[str] = []
         self._restored: set[str] = set()
-        self._hidden: dict[str, torch.dtype] = {}
+        # Parameters of the open block, by name, with the dtype they are kept in.
+        self._dense: dict[str, torch.dtype] = {}
 
     @property
     def resumed(self) -> int:
@@ -95,7 +96,9 @@ class FolderWorkshop:
         from transformers.integrations.accelerate import load_offloaded_parameter
 
         self._blocks.append(name)
+        self._dense = {}
         if not name:
+            self._own_outside()
             return
         found: dict[str, Tensor] = {}
         for local, _ in (*module.named_parameters(), *module.named_buffers()):
@@ -107,9 +110,9 @@ class FolderWorkshop:
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
             if leaf in owner._parameters:
-                self._hidden[f"{name}.{local}"] = owner._parameters[leaf].dtype  # type: ignore[union-attr]
+                self._dense[f"{name}.{local}"] = owner._parameters[leaf].dtype  # type: ignore[union-attr]
                 # A copy of its own: what the file maps is given back, and must not be written into.
-                dense = tensor.to(device, dtype or self._hidden[f"{name}.{local}"], copy=True)
+                dense = tensor.to(device, dtype or self._dense[f"{name}.{local}"], copy=True)
                 owner._parameters[leaf] = nn.Parameter(dense, requires_grad=False)
             else:
                 owner._buffers[leaf] = tensor.to(device, copy=True)
@@ -117,6 +120,21 @@ class FolderWorkshop:
             for leaf, buffer in owner._buffers.items():
                 owner._buffers[leaf] = None if buffer is None else buffer.to(device)
         self._releaser.release()
+
+    def _own_outside(self) -> None:
+        """Take the parameters outside the blocks out of the files, as scales may be folded into them; embeddings, tied
+        or not, take none."""
+        ties = getattr(self._model, "all_tied_weights_keys", {})
+        embedding = self._model.get_input_embeddings()
+        for name, parameter in self._model.named_parameters():
+            tied = name in ties or name in ties.values()
+            if (
+                parameter.device.type != "meta"
+                and not tied
+                and (embedding is None or parameter is not embedding.weight)
+            ):
+                self._dense[name] = parameter.dtype
+                parameter.data = parameter.data.clone()
 
     def finish(self, name: str, module: nn.Module, tensors: Mapping[str, QuantizedTensor], work: BlockWork) -> None:
         if name not in self._restored and sharing.rank() == 0:
@@ -135,8 +153,8 @@ class FolderWorkshop:
         lead = f"{name}." if name else ""
         for local, parameter in module.named_parameters():
             full = lead + local
-            if full not in work.plans and full in self._hidden:
-                tensors[f"{full}::dense"] = parameter.data.to(self._hidden[full])
+            if full not in work.plans and full in self._dense:
+                tensors[f"{full}::dense"] = parameter.data.to(self._dense[full])
         matrices = {str(key): (key.name, key.expert) for key in work.parts}
         mine = set(matrices)
         layers = [vars(layer) for layer in work.report.layers if layer.name in mine]
