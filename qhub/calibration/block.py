@@ -4,7 +4,6 @@ the quantized weights."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import time
 import warnings
@@ -21,12 +20,13 @@ from qhub.calibration.collecting import Collector, Enough, Stage, matrices_of
 from qhub.calibration.memory import ProductMemory, budget
 from qhub.calibration.options import CalibrationOptions
 from qhub.calibration.products import Key, Products, common_inputs, keys_of
-from qhub.calibration.report import CalibrationReport, LayerReport, synchronize
+from qhub.calibration.report import CalibrationReport, LayerReport
 from qhub.calibration.stacks import Call
 from qhub.calibration.statistics import needs_float_stream, rescaled
 from qhub.errors import CheckpointError, QhubError
-from qhub.layouts import Layout, Transform
+from qhub.layouts import Layout
 from qhub.layouts.chunks import all_finite
+from qhub.layouts.transforms import with_input_scale
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.quantizing import Quantization
 from qhub.tensor import QuantizedTensor
@@ -81,9 +81,7 @@ class BlockWork:
         self._collector.repeats = any(count > 1 for count in uses.values())
         stages: list[Stage] = []
         by_parameter: dict[str, Stage] = {}
-        reached: set[Key] = set()
         for group in common_inputs(seen):
-            reached.update(group)
             if not any(key.name in self.plans for key in group):
                 continue
             if group[0].expert is None:
@@ -101,27 +99,34 @@ class BlockWork:
 
     def quantize(self, equalize: bool) -> None:
         """Quantize every planned weight; ``equalize``: whether the method chooses input scales first."""
-        stages = self._timed("capture", self.stages)
+        with self.report.timing("capture", self.device):
+            stages = self.stages()
         if needs_float_stream(self.names):
             self._collector.original = copy.deepcopy(self.module)
         statistics: list[dict[int, dict[str, Tensor]]] | None = None
+        if equalize or self.options.sequential == "block":
+            statistics = self._collect(stages)
         if equalize:
-            statistics = self._timed("statistics", lambda: self._collector.collect(stages))
-            for stage, found in zip(stages, statistics, strict=True):
-                self._timed("equalizing", lambda: self._equalize(stage, stages, found))  # noqa: B023
-        elif self.options.sequential == "block":
-            statistics = self._timed("statistics", lambda: self._collector.collect(stages))
+            assert statistics is not None
+            with self.report.timing("equalizing", self.device):
+                for stage, found in zip(stages, statistics, strict=True):
+                    self._equalize(stage, found)
         # From here on weights only become final, one group after the other.
         self.memory = ProductMemory(budget(self.device))
         for number, stage in enumerate(stages):
             if statistics is not None and self.options.sequential == "block":
                 found = statistics[number]
             else:
-                found = self._timed("statistics", lambda: self._collector.collect([stage])[0])  # noqa: B023
-            for index, group in enumerate(stage.groups):
-                self._timed("quantizing", lambda: self._quantize_group(group, found[index]))  # noqa: B023
-                self.memory.finished.update(group)
+                found = self._collect([stage])[0]
+            with self.report.timing("quantizing", self.device):
+                for index, group in enumerate(stage.groups):
+                    self._quantize_group(group, found[index])
+                    self.memory.finished.update(group)
         self._collector.original = None
+
+    def _collect(self, stages: Sequence[Stage]) -> list[dict[int, dict[str, Tensor]]]:
+        with self.report.timing("statistics", self.device):
+            return self._collector.collect(stages)
 
     def tensors(self) -> dict[str, QuantizedTensor]:
         """Return the quantized parameters by name."""
@@ -138,14 +143,14 @@ class BlockWork:
 
     # -- input scales ------------------------------------------------------------------------------------------------
 
-    def _equalize(self, stage: Stage, stages: Sequence[Stage], found: dict[int, dict[str, Tensor]]) -> None:
+    def _equalize(self, stage: Stage, found: dict[int, dict[str, Tensor]]) -> None:
         from qhub.calibration.equalizing import equalize_group
 
         for index, group in enumerate(stage.groups):
             planned = [key for key in group if key.name in self.plans]
             if int(found[index]["tokens"]) == 0 or not planned:
                 continue
-            scales = equalize_group(self, group, planned, found[index], stages)
+            scales = equalize_group(self, group, planned, found[index])
             if scales is not None:
                 found[index] = rescaled(found[index], 1 / scales)
 
@@ -189,8 +194,7 @@ class BlockWork:
             self.warn(f"{names}: {warning.message}")
         if scale is not None:
             # The input is scaled before anything else happens to it.
-            layout = dataclasses.replace(layout, transforms=(Transform("scale", "in"), *layout.transforms))
-            parts = {**parts, "in_scale": 1 / scale}
+            layout, parts = with_input_scale(layout), {**parts, "in_scale": 1 / scale}
         seconds = (time.perf_counter() - start) / len(keys)
         row = 0
         for key, weight in zip(keys, weights, strict=True):
@@ -273,13 +277,6 @@ class BlockWork:
     def warn(self, message: str) -> None:
         self.report.warnings.append(message)
         logger.warning(message)
-
-    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        synchronize(self.device)
-        self.report.spend(phase, time.perf_counter() - start)
-        return result
 
 
 def _relative_error(

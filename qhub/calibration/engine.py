@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from qhub.calibration import sharing
 from qhub.calibration.activations import Activations, moved
 from qhub.calibration.block import BlockWork
 from qhub.calibration.options import CalibrationOptions
-from qhub.calibration.report import CalibrationReport, synchronize
+from qhub.calibration.report import CalibrationReport
 from qhub.calibration.stacks import Call, Stack, entering, find_stacks, first_reached, loose_weights, through
 from qhub.calibration.statistics import check_names, needs_float_stream
 from qhub.errors import ConfigError
@@ -105,9 +104,7 @@ class Calibration:
             self._progress(done, total, "")
         finally:
             for _, outputs, floats in self._done:
-                outputs.close()
-                if floats is not None:
-                    floats.close()
+                _close(outputs, floats)
         return self.report
 
     # -- stacks ------------------------------------------------------------------------------------------------------
@@ -131,9 +128,7 @@ class Calibration:
                 previous, floats = self._block(stack, index, name, module, batches, previous, floats)
                 done += 1
         except BaseException:
-            previous.close()
-            if floats is not None:
-                floats.close()
+            _close(previous, floats)
             raise
         self._done.append((stack, previous, floats))
         return done
@@ -148,22 +143,20 @@ class Calibration:
         previous: Activations,
         floats: Activations | None,
     ) -> tuple[Activations, Activations | None]:
-        start = time.perf_counter()
-        self.workshop.open(name, module, self._device, self._dtype)
-        self.report.spend("reading", time.perf_counter() - start)
+        with self.report.timing("reading", self._device):
+            self.workshop.open(name, module, self._device, self._dtype)
         cache: dict[int, tuple[Call | None, Call | None]] = {}
 
         def entry(number: int) -> tuple[Call | None, Call | None]:
             if number in cache:
                 return cache[number]
-            began = time.perf_counter()
-            call = self._entering(stack, index, number, batches[number], previous.get(number), False)
-            other = None
-            if floats is not None:
-                other = self._entering(stack, index, number, batches[number], floats.get(number), True)
+            with self.report.timing("capture", self._device):
+                call = self._entering(stack, index, number, batches[number], previous.get(number), False)
+                other = None
+                if floats is not None:
+                    other = self._entering(stack, index, number, batches[number], floats.get(number), True)
             if self.options.place == "device":
                 cache[number] = call, other
-            self.report.spend("capture", time.perf_counter() - began)
             return call, other
 
         def calls() -> Iterator[tuple[int, Call, Call | None]]:
@@ -173,46 +166,40 @@ class Calibration:
                     yield number, call, other
 
         # The unquantized model's outputs have to be there before the weights change.
-        float_outputs = self._outputs(module, ((n, o) for n, _, o in calls() if o is not None)) if floats else None
-        work = self._work(name, module, calls)
+        float_outputs = None
+        if floats is not None:
+            float_outputs = self._outputs((n, _call(module, other)) for n, _, other in calls() if other is not None)
+        lead = f"{name}."
+        work = self._work(name, module, [weight for weight in self.plans if weight.startswith(lead)], calls, _call)
         if work.plans and not self.workshop.restore(name, module, work):
             work.quantize(self._equalize)
-        start = time.perf_counter()
-        outputs = Activations(self.options.place, self.options.scratch)
-        for number, call, _ in calls():
-            outputs[number] = work.output(call, number)
+        with self.report.timing("outputs", self._device):
+            outputs = self._outputs((number, work.output(call, number)) for number, call, _ in calls())
         # Not when the collector of cycles comes by: the next block needs the room.
         work.forget()
         cache.clear()
-        synchronize(self._device)
-        self.report.spend("outputs", time.perf_counter() - start)
-        start = time.perf_counter()
-        self.workshop.finish(name, module, work.tensors() if work.plans else {}, work)
-        self.report.spend("writing", time.perf_counter() - start)
-        previous.close()
-        if floats is not None:
-            floats.close()
+        with self.report.timing("writing", self._device):
+            self.workshop.finish(name, module, work.tensors(), work)
+        _close(previous, floats)
         return outputs, float_outputs
 
-    def _work(self, name: str, module: nn.Module, calls: Any) -> BlockWork:
-        lead = f"{name}." if name else ""
-        mine = {weight: plan for weight, plan in self.plans.items() if weight.startswith(lead)}
+    def _work(self, name: str, module: nn.Module, weights: Sequence[str], calls: Any, run: Any) -> BlockWork:
         return BlockWork(
             prefix=name,
             module=module,
-            run=_call,
-            infos={weight: self.infos[weight] for weight in mine},
-            plans=mine,
+            run=run,
+            infos={weight: self.infos[weight] for weight in weights},
+            plans={weight: self.plans[weight] for weight in weights},
             calls=calls,
             quantization=self.quantization,
             options=self.options,
             report=self.report,
         )
 
-    def _outputs(self, module: nn.Module, calls: Iterator[tuple[int, Call]]) -> Activations:
+    def _outputs(self, values: Iterable[tuple[int, Any]]) -> Activations:
         outputs = Activations(self.options.place, self.options.scratch)
-        for number, call in calls:
-            outputs[number] = _call(module, call)
+        for number, value in values:
+            outputs[number] = value
         return outputs
 
     # -- what enters -------------------------------------------------------------------------------------------------
@@ -270,21 +257,19 @@ class Calibration:
             for number, batch in enumerate(batches):
                 yield number, ((number,), self._sample(batch)), None
 
-        plans = {name: self.plans[name] for name in names}
-        work = BlockWork(
-            prefix="",
-            module=self.model,
-            run=lambda model, call: through(model, call[1], self._finished(call[0][0])),
-            infos={name: self.infos[name] for name in names},
-            plans=plans,
-            calls=calls,
-            quantization=self.quantization,
-            options=self.options,
-            report=self.report,
-        )
+        def run(model: nn.Module, call: Call) -> None:
+            through(model, call[1], self._finished(call[0][0]))
+
+        work = self._work("", self.model, names, calls, run)
         if not self.workshop.restore("", self.model, work):
             work.quantize(self._equalize)
         self.workshop.finish("", self.model, work.tensors(), work)
+
+
+def _close(*kept: Activations | None) -> None:
+    for one in kept:
+        if one is not None:
+            one.close()
 
 
 def _call(module: nn.Module, call: Call) -> Any:

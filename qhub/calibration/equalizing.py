@@ -3,13 +3,13 @@ changes nothing else, otherwise in the layers' own layouts."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from qhub.calibration.collecting import Enough
 from qhub.calibration.folding import Producer, executed, find_producer, tolerance
 from qhub.calibration.products import Key, features_of
 from qhub.calibration.stacks import Call
@@ -18,7 +18,6 @@ from qhub.registry import registry
 
 if TYPE_CHECKING:
     from qhub.calibration.block import BlockWork
-    from qhub.calibration.collecting import Stage
 
 __all__ = ["equalize_group"]
 
@@ -28,14 +27,16 @@ def equalize_group(
     group: Sequence[Key],
     planned: Sequence[Key],
     statistics: dict[str, Tensor],
-    stages: Sequence[Stage],
 ) -> Tensor | None:
     """Ask the method for input scales of ``planned`` and apply them; return those that the input is divided by.
 
     None where the method wants none, or where the layouts carry them: then the input itself stays as it is.
     """
-    call = _call_that_reaches(work, group[0])
-    producer = None if call is None or group[0].expert is not None else _producer(work, group[0], call)
+    call, inputs = _call_that_reaches(work, group[0])
+    producer = None
+    # An input that is made several times, or for one expert of several, has no one producer.
+    if call is not None and len(inputs) == 1 and group[0].expert is None:
+        producer = _producer(work, group[0], call, inputs[0])
     scales = _ask(work, planned, statistics, None if producer is None else producer.tied)
     if scales is None:
         return None
@@ -76,11 +77,13 @@ def _ask(work: BlockWork, planned: Sequence[Key], statistics: dict[str, Tensor],
     return scales.float()
 
 
-def _call_that_reaches(work: BlockWork, key: Key) -> Call | None:
+def _call_that_reaches(work: BlockWork, key: Key) -> tuple[Call | None, list[Tensor]]:
+    """Return the first call of the block in which ``key`` has inputs, and these."""
     for _, call, _ in work.calls():
-        if _inputs(work, key, call):
-            return call
-    return None
+        inputs = _inputs(work, key, call)
+        if inputs:
+            return call, inputs
+    return None, []
 
 
 def _inputs(work: BlockWork, key: Key, call: Call, follow: bool = False) -> list[Tensor]:
@@ -95,27 +98,15 @@ def _inputs(work: BlockWork, key: Key, call: Call, follow: bool = False) -> list
     return found
 
 
-def _producer(work: BlockWork, key: Key, call: Call) -> Producer | None:
-    inputs = _inputs(work, key, call)
-    if len(inputs) != 1:
-        return None
-    before: list[tuple[str, torch.nn.Module]] = []
-
-    class _Here(BaseException):
-        pass
+def _producer(work: BlockWork, key: Key, call: Call, x: Tensor) -> Producer | None:
+    """Return what makes ``x``, the input of ``key`` in ``call``."""
 
     def stop(other: Key, x: Tensor) -> None:
         if other == key:
-            raise _Here
+            raise Enough
 
-    def until() -> None:
-        with contextlib.suppress(_Here):
-            work.observe(call, stop)
-
-    before = executed(work.module, until)
-    if not before:
-        return None
-    return find_producer(before, inputs[0], lambda: _inputs(work, key, call)[0])
+    before = executed(work.module, lambda: work.observe(call, stop))
+    return find_producer(before, x, lambda: _inputs(work, key, call)[0])
 
 
 def _folded(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["CalibrationReport", "LayerReport", "synchronize"]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a phase's time is its own."""
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
+__all__ = ["CalibrationReport", "LayerReport"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,14 @@ class CalibrationReport:
     warnings: list[str] = field(default_factory=list)
     processes: int = 1
 
-    def spend(self, phase: str, seconds: float) -> None:
-        """Add ``seconds`` to a phase."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    @contextmanager
+    def timing(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Add what happens inside to a phase; the ``device`` is waited for at the end, so that the time is its own."""
+        start = time.perf_counter()
+        yield
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def as_data(self) -> dict[str, Any]:
         """Return the report as plain data."""

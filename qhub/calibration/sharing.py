@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from qhub.calibration.statistics import Sums
 
@@ -37,7 +36,9 @@ def reduce_sums(sums: Sums) -> None:
         return
     for name in sums.names:
         dist.all_reduce(sums.tensors[name])
-    sums.tokens = int(_total(torch.tensor(sums.tokens), next(iter(sums.tensors.values()), torch.zeros(()))))
+    count = torch.tensor(sums.tokens, device=next((t.device for t in sums.tensors.values()), None))
+    dist.all_reduce(count)
+    sums.tokens = int(count)
 
 
 def from_first(value: _T) -> _T:
@@ -53,9 +54,3 @@ def barrier() -> None:
     """Wait for the others."""
     if processes() > 1:
         dist.barrier()
-
-
-def _total(count: Tensor, like: Tensor) -> Tensor:
-    count = count.to(like.device)
-    dist.all_reduce(count)
-    return count

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qhub.errors import ConfigError
 
-__all__ = ["STATISTICS", "Sums", "needs_float_stream", "neutral", "rescaled"]
+__all__ = ["STATISTICS", "Sums", "check_names", "needs_float_stream", "neutral", "rescaled"]
 
 # Of a symmetric product on a CPU.
 _BLOCKS, _SMALLEST_BLOCK = 4, 256

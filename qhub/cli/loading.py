@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qhub.errors import CheckpointError
-from qhub.integrations.transformers.folders import COMPANIONS, copy_companions, local_folder, weight_files
+from qhub.integrations.transformers.folders import COMPANIONS, copy_companions, local_folder, model_class, weight_files
 
 __all__ = [
     "DeviceMap",
@@ -110,14 +110,11 @@ def load_config(model: str) -> Any:
 
 def load_model(model: str, **options: Any) -> Any:
     """Return the model, in the class that its config names; ``options``: for ``from_pretrained``."""
-    import transformers
-
     from qhub.integrations.transformers import install
 
     # Whoever calls qhub by name wants it, with the automatic loading off too.
     install()
-    name = next(iter(load_config(model).architectures or []), "")
-    return getattr(transformers, name, transformers.AutoModelForCausalLM).from_pretrained(model, **options)
+    return model_class(load_config(model)).from_pretrained(model, **options)
 
 
 def load_tokenizer(*models: str) -> Any:

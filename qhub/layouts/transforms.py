@@ -9,7 +9,7 @@ sides, QuIP# (Tseng et al. 2024, section 3).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qhub.layouts.base import Layout, PartSpec
 
-__all__ = ["Transform", "hadamard", "transform_input", "transform_output", "transform_weight"]
+__all__ = ["Transform", "hadamard", "transform_input", "transform_output", "transform_weight", "with_input_scale"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -123,6 +123,12 @@ def transform_output(y: Tensor, layout: Layout, parts: Mapping[str, Tensor]) -> 
         if transform.side == "out":
             y = transform.apply(y, parts)
     return y
+
+
+def with_input_scale(layout: Layout) -> Layout:
+    """Return ``layout`` with the input scaled (part ``in_scale``) before all else; as it is if it has that already."""
+    scale = Transform("scale", "in")
+    return layout if scale in layout.transforms else replace(layout, transforms=(scale, *layout.transforms))
 
 
 def transform_weight(weight: Tensor, layout: Layout, parts: Mapping[str, Tensor], inverse: bool = False) -> Tensor:

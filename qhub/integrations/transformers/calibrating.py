@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from qhub.calibration import Calibration, CalibrationOptions, CalibrationReport
 from qhub.calibration.data import check_samples, samples_of
 from qhub.calibration.engine import Progress, Workshop
 from qhub.errors import ConfigError
-from qhub.plan import LayerPlan, WeightInfo
-from qhub.quantizing import Quantization
 from qhub.registry import registry
+
+if TYPE_CHECKING:
+    from qhub.integrations.transformers.quantizer import PluginQuantizer
 
 __all__ = ["bar", "calibrate", "options_of", "samples_for"]
 
@@ -33,15 +34,14 @@ def options_of(method: str, config: Any, **changes: Any) -> CalibrationOptions:
 
 def calibrate(
     model: Any,
-    infos: Mapping[str, WeightInfo],
-    plans: Mapping[str, LayerPlan],
-    quantization: Quantization,
+    quantizer: PluginQuantizer,
     options: CalibrationOptions,
     workshop: Workshop,
     progress: Progress | None = None,
     samples: list[dict[str, Any]] | None = None,
 ) -> CalibrationReport:
-    """Quantize the planned weights of ``model``; ``samples``: None to make them as ``options`` say."""
+    """Quantize what ``quantizer`` planned for ``model``; ``samples``: None to make them as ``options`` say."""
+    infos = quantizer.planned_infos()
     if any(info.kind == "experts" for info in infos.values()):
         # Grouped products hide which token meets which expert.
         model.set_experts_implementation("eager")
@@ -49,7 +49,7 @@ def calibrate(
     if samples is None:
         samples, warnings = samples_for(model, options)
     shown = progress or bar()
-    calibration = Calibration(model, infos, plans, quantization, options, workshop, shown)
+    calibration = Calibration(model, infos, quantizer.plan, quantizer.quantization, options, workshop, shown)
     calibration.report.warnings += warnings
     with _as_in_evaluation(model):
         return calibration.run(samples)
@@ -84,13 +84,13 @@ def samples_for(model: Any, options: CalibrationOptions) -> tuple[list[dict[str,
     if options.data is None:
         from qhub.integrations.transformers.writing import written_samples
 
-        samples = written_samples(model, _tokenizer(model, options, required=False), options, length)
+        samples = written_samples(model, _tokenizer(model, options), options, length)
         warnings.append(
             f"no calibration data were given: the model wrote {len(samples)} samples itself; text of the kind that it "
             "will meet is usually better"
         )
     else:
-        tokenizer = _tokenizer(model, options, required=False)
+        tokenizer = _tokenizer(model, options)
         samples = samples_of(options.data, tokenizer, options.samples, length)
         template = getattr(tokenizer, "chat_template", None)
         if template is not None and not _looks_like_chat(samples, tokenizer):
@@ -122,7 +122,7 @@ def _with_decoder(model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "decoder_input_ids": shifted}
 
 
-def _tokenizer(model: Any, options: CalibrationOptions, required: bool) -> Any:
+def _tokenizer(model: Any, options: CalibrationOptions) -> Any:
     given = options.tokenizer
     if given is not None and not isinstance(given, str):
         return given
@@ -132,7 +132,7 @@ def _tokenizer(model: Any, options: CalibrationOptions, required: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if given is not None or required:
+        if given is not None:
             raise ConfigError(f"no tokenizer can be loaded from {source}: {error}") from error
         logger.debug("no tokenizer beside %s: %s", source, error)
         return None

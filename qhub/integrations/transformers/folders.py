@@ -53,11 +53,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def model_class(model: str) -> Any:
-    """Return the class that the config of ``model`` names; an automatic one when transformers does not have it."""
+def model_class(config: Any) -> Any:
+    """Return the class that a model's ``config`` names; an automatic one when transformers does not have it."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(model)
     return getattr(transformers, next(iter(config.architectures or []), ""), transformers.AutoModelForCausalLM)
 
 

@@ -42,6 +42,8 @@ def quantize(
         raise ConfigError(
             f"quantizing {model} needs a folder to put the result into: give out, or load the model first"
         )
+    from transformers import AutoConfig
+
     from qhub.integrations.transformers.folders import copy_companions, local_folder, model_class
     from qhub.integrations.transformers.streaming import quantize_folder
 
@@ -49,37 +51,30 @@ def quantize(
     if registry.has(method, "qhub_calibration"):
         done = quantize_folder(str(model), config, Path(out), options=chosen, progress=progress).model
     else:
-        done = model_class(str(model)).from_pretrained(str(model), quantization_config=config)
+        cls = model_class(AutoConfig.from_pretrained(str(model)))
+        done = cls.from_pretrained(str(model), quantization_config=config)
         done.save_pretrained(out)
     copy_companions(local_folder(str(model)), Path(out))
     return done
 
 
 def _in_place(model: Any, config: Any, options: dict[str, Any], progress: Any) -> Any:
-    from qhub.integrations.transformers.calibrating import calibrate, options_of
     from qhub.integrations.transformers.quantizer import quantizer_for
-    from qhub.integrations.transformers.weights import put_layers
-    from qhub.integrations.transformers.workshops import LiveWorkshop
+    from qhub.integrations.transformers.weights import put_layers, set_tensor
 
     if getattr(model, "is_quantized", False):
         raise ConfigError(
             f"this {type(model).__name__} is quantized already: dequantize() it first, or load the unquantized model"
         )
-    method = method_of(config)
-    quantizer = quantizer_for(method, False)(config, pre_quantized=False)
+    quantizer = quantizer_for(method_of(config), False)(config, pre_quantized=False)
     quantizer.plan_for(model)
-    infos = quantizer.planned_infos()
     if quantizer.calibrates:
-        chosen = options_of(method, config, **options)
-        quantizer.calibration = calibrate(
-            model, infos, quantizer.plan, quantizer.quantization, chosen, LiveWorkshop(model), progress
-        )
+        quantizer.calibrate(model, progress, **options)
     else:
-        for name, info in infos.items():
+        for name, info in quantizer.planned_infos().items():
             with torch.no_grad():
                 quantized = quantizer.quantize(name, model.get_parameter(name).detach())
             put_layers(model, [info])
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(quantized, requires_grad=False))
+            set_tensor(model, name, quantized)
     quantizer.adopt(model)
     return model

@@ -14,6 +14,7 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from qhub.calibration import CalibrationReport
+from qhub.calibration.engine import Progress
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
 from qhub.integrations.transformers import routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
@@ -279,14 +280,13 @@ class PluginQuantizer(HfQuantizer):
         """Return what is known of each planned weight."""
         return {name: self._weights[name] for name in self.plan}
 
-    def _calibrate(self, model: Any) -> None:
+    def calibrate(self, model: Any, progress: Progress | None = None, **options: Any) -> None:
+        """Quantize what was planned for a ``model`` in memory; ``options`` win over what the config says."""
         from qhub.integrations.transformers.calibrating import calibrate, options_of
         from qhub.integrations.transformers.workshops import LiveWorkshop
 
-        options = options_of(self.method, self.quantization_config)
-        self.calibration = calibrate(
-            model, self.planned_infos(), self.plan, self.quantization, options, LiveWorkshop(model)
-        )
+        chosen = options_of(self.method, self.quantization_config, **options)
+        self.calibration = calibrate(model, self, chosen, LiveWorkshop(model), progress)
 
     # -- after loading -----------------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class PluginQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.releaser.release()
         if self.calibrates:
-            self._calibrate(model)
+            self.calibrate(model)
         self._headers, self._loaded = {}, True
         self._mark(model)
         return result

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -28,20 +29,20 @@ from qhub.integrations.transformers.folders import local_folder, model_class, we
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.workshops import FolderWorkshop
 
-if TYPE_CHECKING:
-    from qhub.integrations.transformers.quantizer import PluginQuantizer
-
 __all__ = ["Streamed", "quantize_folder"]
 
 
+@dataclass(frozen=True)
 class Streamed:
-    """Is what :func:`quantize_folder` leaves: ``model`` without weights, its ``quantizer`` and the ``report``."""
+    """Is what :func:`quantize_folder` leaves.
 
-    def __init__(self, model: Any, quantizer: PluginQuantizer, report: CalibrationReport, resumed: int) -> None:
-        self.model = model
-        self.quantizer = quantizer
-        self.report = report
-        self.resumed = resumed
+    ``model``: without weights, and in all processes but the first without a quantizer. ``resumed``: how many blocks an
+    earlier run had finished.
+    """
+
+    model: Any
+    report: CalibrationReport
+    resumed: int
 
 
 def quantize_folder(
@@ -103,9 +104,7 @@ def quantize_folder(
         Journal(work, facts, anew)
     sharing.barrier()
     workshop = FolderWorkshop(model, quantizer, Journal(work, facts), releaser)
-    report = calibrate(
-        model, quantizer.planned_infos(), quantizer.plan, quantizer.quantization, chosen, workshop, progress, samples
-    )
+    report = calibrate(model, quantizer, chosen, workshop, progress, samples)
     report.warnings[:0] = warnings
     quantizer.calibration = report
     if sharing.rank() == 0:
@@ -113,7 +112,7 @@ def quantize_folder(
         if not keep_work:
             shutil.rmtree(work)
     sharing.barrier()
-    return Streamed(model, quantizer, report, workshop.resumed)
+    return Streamed(model, report, workshop.resumed)
 
 
 def _join_processes() -> None:
@@ -126,8 +125,8 @@ def _join_processes() -> None:
 
 def _open(folder: Path, dtype: Any, offload: Path, device: torch.device) -> Any:
     """Return the model with its blocks on the disk, everything else on ``device``."""
-    cls = model_class(str(folder))
     config = transformers.AutoConfig.from_pretrained(folder)
+    cls = model_class(config)
     with torch.device("meta"):
         hollow = cls(config) if not hasattr(cls, "from_config") else cls.from_config(config)
     stacks = find_stacks(hollow, [name for name, p in hollow.named_parameters() if p.ndim >= 2])

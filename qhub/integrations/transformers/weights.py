@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qhub.modules import QuantLinear
 from qhub.plan import WeightInfo
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["find_weights", "memory_footprint", "put_layers", "undo_layers", "use_plain_experts"]
+__all__ = ["find_weights", "memory_footprint", "put_layers", "set_tensor", "undo_layers", "use_plain_experts"]
 
 
 def find_weights(model: nn.Module) -> dict[str, WeightInfo]:
@@ -58,6 +58,16 @@ def put_layers(model: nn.Module, weights: Iterable[WeightInfo]) -> None:
         layer = QuantLinear.hollow(info.in_features, info.out_features, getattr(old, "bias", None), info.dtype)
         layer.train(old.training)
         model.set_submodule(parent, layer)
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter or buffer ``name`` of ``model`` by ``value``; a parameter gets no gradients."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def undo_layers(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from qhub.calibration.report import LayerReport
 from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import entries_of_model, publish, write_companion
-from qhub.integrations.transformers.weights import put_layers
-from qhub.layouts import Layout, Transform
+from qhub.integrations.transformers.weights import put_layers, set_tensor
+from qhub.layouts import Layout
+from qhub.layouts.transforms import with_input_scale
 from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
 
@@ -49,12 +49,11 @@ class LiveWorkshop:
             buffer.data = buffer.data.to(device)
 
     def finish(self, name: str, module: nn.Module, tensors: Mapping[str, QuantizedTensor], work: BlockWork) -> None:
-        places = {weight: self._before.get(weight, (self._parameter(weight).device, None))[0] for weight in tensors}
+        # Layers outside the blocks were never moved.
+        homes = {weight: self._before[weight][0] if name else tensor.device for weight, tensor in tensors.items()}
         put_layers(self.model, (work.infos[weight] for weight in tensors))
         for weight, tensor in tensors.items():
-            parent, _, leaf = weight.rpartition(".")
-            moved = nn.Parameter(tensor.to(places[weight]), requires_grad=False)
-            setattr(self.model.get_submodule(parent), leaf, moved)
+            set_tensor(self.model, weight, tensor.to(homes[weight]))
         if not name:
             return
         for local, parameter in module.named_parameters():
@@ -68,9 +67,6 @@ class LiveWorkshop:
 
     def restore(self, name: str, module: nn.Module, work: BlockWork) -> bool:
         return False
-
-    def _parameter(self, name: str) -> Tensor:
-        return self.model.get_parameter(name)
 
 
 class FolderWorkshop:
@@ -106,16 +102,14 @@ class FolderWorkshop:
             if parameter.device.type == "meta":
                 found[local] = load_offloaded_parameter(self._model, f"{name}.{local}")
         remove_hook_from_submodules(module)
+        parameters = {local for local, _ in module.named_parameters()}
         for local, tensor in found.items():
-            parent, _, leaf = local.rpartition(".")
-            owner = module.get_submodule(parent)
-            if leaf in owner._parameters:
-                self._dense[f"{name}.{local}"] = owner._parameters[leaf].dtype  # type: ignore[union-attr]
-                # A copy of its own: what the file maps is given back, and must not be written into.
-                dense = tensor.to(device, dtype or self._dense[f"{name}.{local}"], copy=True)
-                owner._parameters[leaf] = nn.Parameter(dense, requires_grad=False)
-            else:
-                owner._buffers[leaf] = tensor.to(device, copy=True)
+            own = None
+            if local in parameters:
+                self._dense[f"{name}.{local}"] = _leaf(module, local).dtype
+                own = dtype or _leaf(module, local).dtype
+            # A copy of its own: what the file maps is given back, and must not be written into.
+            set_tensor(module, local, tensor.to(device, own or tensor.dtype, copy=True))
         for owner in module.modules():
             for leaf, buffer in owner._buffers.items():
                 owner._buffers[leaf] = None if buffer is None else buffer.to(device)
@@ -164,11 +158,9 @@ class FolderWorkshop:
         if not self._journal.finished(name or "outside"):
             return False
         tensors, note = self._journal.read(name or "outside")
-        for text, (weight, expert) in note["matrices"].items():
-            key = Key(weight, expert)
+        for key, (layout, stored) in self._matrices(tensors, note).items():
             target = work.matrix(key)
-            parts = {n.partition("::")[2]: t.to(target.device) for n, t in tensors.items() if n.startswith(f"{text}::")}
-            layout = _with_parts(self._quantizer.plan[weight].layout, parts)
+            parts = {part: tensor.to(target.device) for part, tensor in stored.items()}
             layout.validate(parts)
             work.parts[key] = layout, parts
             target.copy_(layout.dequantize(parts))
@@ -180,6 +172,19 @@ class FolderWorkshop:
         work.report.layers += [LayerReport(**layer) for layer in note["layers"]]
         self._restored.add(name)
         return True
+
+    def _matrices(self, tensors: Mapping[str, Tensor], note: Any) -> dict[Key, tuple[Layout, dict[str, Tensor]]]:
+        """Return layout and parts of each matrix that the journal kept in ``tensors``."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            matrix, _, part = name.rpartition("::")
+            parts.setdefault(matrix, {})[part] = tensor
+        found = {}
+        for text, (weight, expert) in note["matrices"].items():
+            layout, own = self._quantizer.plan[weight].layout, parts[text]
+            # The one thing that the engine adds to a plan.
+            found[Key(weight, expert)] = (with_input_scale(layout) if "in_scale" in own else layout), own
+        return found
 
     # -- the checkpoint ----------------------------------------------------------------------------------------------
 
@@ -215,31 +220,28 @@ class FolderWorkshop:
         """Put the finished tensors of ``block`` into the model; return their names."""
         quantizer = self._quantizer
         tensors, note = self._journal.read(block or "outside")
-        parts: dict[str, dict[int | None, dict[str, Tensor]]] = {}
-        for text, (weight, expert) in note["matrices"].items():
-            own = {n.partition("::")[2]: t for n, t in tensors.items() if n.startswith(f"{text}::")}
-            parts.setdefault(weight, {})[expert] = own
+        matrices = self._matrices(tensors, note)
         infos, names = quantizer.planned_infos(), set()
-        for weight in parts:
+        for weight in {key.name for key in matrices}:
 
             def built(expert: int | None, weight: str = weight) -> QuantizedTensor:
-                own, plan = parts[weight][expert], quantizer.plan[weight]
-                layout = _with_parts(plan.layout, own)
-                return quantizer.quantization.build(layout, own, infos[weight].dtype, plan.compute_dtype)
+                layout, parts = matrices[Key(weight, expert)]
+                compute_dtype = quantizer.plan[weight].compute_dtype
+                return quantizer.quantization.build(layout, parts, infos[weight].dtype, compute_dtype)
 
-            _set(self._model, weight, quantizer.quantization.assemble(infos[weight], built))
+            set_tensor(self._model, weight, quantizer.quantization.assemble(infos[weight], built))
             names.add(weight)
         for name, tensor in tensors.items():
             full, _, kind = name.rpartition("::")
             if kind == "dense":
-                _set(self._model, full, tensor)
+                set_tensor(self._model, full, tensor)
                 names.add(full)
         return names
 
     def _drop(self, names: set[str]) -> None:
         for name in names:
             # A quantized one still knows its layout there, which the model card counts.
-            _set(self._model, name, _leaf(self._model, name).detach().to("meta"))
+            set_tensor(self._model, name, _leaf(self._model, name).detach().to("meta"))
 
     def _name(self, staging: Path, shards: Mapping[Path, list[str]]) -> None:
         """Give the shards their final names, and write the index if there are several."""
@@ -271,25 +273,8 @@ class FolderWorkshop:
         (staging / "calibration.json").write_text(json.dumps(report.as_data(), indent=1) + "\n")
 
 
-def _with_parts(layout: Layout, parts: Mapping[str, Tensor]) -> Layout:
-    """Return the planned ``layout`` as the engine refined it: with an input scale where there is one."""
-    scaled = any(transform.kind == "scale" and transform.side == "in" for transform in layout.transforms)
-    if "in_scale" in parts and not scaled:
-        return dataclasses.replace(layout, transforms=(Transform("scale", "in"), *layout.transforms))
-    return layout
-
-
 def _leaf(module: nn.Module, name: str) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     found = owner._parameters.get(leaf)
     return found if found is not None else owner._buffers[leaf]  # type: ignore[return-value]
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(parent)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = value
-    else:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
