@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qhub.errors import LayoutError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -51,6 +53,27 @@ class Format(ABC):
     def names(self) -> frozenset[str]:
         """Return every local name that the format can use, for whatever layout."""
 
+    def check(self, layout: Layout, entries: Mapping[str, Tensor], settings: str) -> None:
+        """Raise :class:`LayoutError` unless what :meth:`entries` requires is there, all of the declared shapes and
+        dtypes.
+
+        ``settings``: what the config says of the weight, for the message.
+        """
+        expected = self.entries(layout)
+        required = sorted(name for name, entry in expected.items() if entry.required)
+        for name in required:
+            if name not in entries:
+                raise LayoutError(f"the entry {name!r} is missing: a weight needs {required}, found {sorted(entries)}")
+        for name in expected.keys() & entries.keys():
+            entry, found = expected[name], entries[name]
+            right_shape = entry.shape is None or tuple(found.shape) == entry.shape
+            if not right_shape or (entry.dtypes and found.dtype not in entry.dtypes):
+                wanted = " or ".join(map(_name, entry.dtypes)) or "any dtype"
+                raise LayoutError(
+                    f"entry {name!r} is {_name(found.dtype)} {tuple(found.shape)}, expected {wanted} "
+                    f"{entry.shape or 'of any shape'} for {settings}"
+                )
+
     @abstractmethod
     def pack(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the file entries for ``parts``; nothing is modified. Bit-exact: :meth:`unpack` gives ``parts`` back.
@@ -65,3 +88,7 @@ class Format(ABC):
         Raise :class:`qhub.errors.LayoutError` when the entries contradict each other or the plan; the caller adds the
         weight's name and the file's.
         """
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

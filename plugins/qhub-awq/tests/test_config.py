@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from qhub_awq.config import calibration, check, spec
+from qhub_awq.config import check, spec
 from qhub_awq.plan import STATISTICS, plan
 from transformers import AwqConfig
 
 from qhub.errors import ConfigError
+from qhub.integrations.config_classes import calibration_of
 from qhub.layouts import Affine, Grid
 from qhub.plan import LayerPlan, Skip, WeightInfo
 
@@ -180,10 +181,12 @@ def test_groups_that_fit_nothing_are_refused() -> None:
 
 
 def test_the_config_speaks_to_the_engine() -> None:
-    options = calibration(AwqConfig(bits=4, dataset=["some text"], tokenizer="folder", model_seqlen=256, batch_size=4))
+    options = calibration_of(
+        AwqConfig(bits=4, dataset=["some text"], tokenizer="folder", model_seqlen=256, batch_size=4)
+    )
     assert (options.data, options.tokenizer, options.length, options.batch_size) == (["some text"], "folder", 256, 4)
     assert options.sequential == "groups"
-    options = calibration(AwqConfig(bits=4, true_sequential=False))
+    options = calibration_of(AwqConfig(bits=4, true_sequential=False))
     assert (options.data, options.length, options.sequential) == (None, None, "block")
     # The engine chooses, by the length: one sample at a time would be slow.
     assert options.batch_size is None and options.batch(16) > 1

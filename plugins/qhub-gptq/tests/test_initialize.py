@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qhub_gptq.config import calibration, quality_of, solver_options, spec
+from qhub_gptq.config import quality_of, solver_options, spec
 from qhub_gptq.hessian import Damping
 from qhub_gptq.initialize import stand_in
 from qhub_gptq.plan import plan
@@ -18,6 +18,7 @@ from qhub_gptq.quantize import Options
 from transformers import GPTQConfig
 
 from qhub.errors import ConfigError
+from qhub.integrations.config_classes import calibration_of
 from qhub.plan import LayerPlan, Skip, WeightInfo
 
 WEIGHT = WeightInfo("model.layers.0.self_attn.q_proj.weight", 64, 128, torch.float16)
@@ -57,7 +58,7 @@ def test_what_nobody_knows_is_named() -> None:
 def test_data_reach_the_engine_and_not_the_file(data: Any) -> None:
     tokenizer = SimpleNamespace()
     config = GPTQConfig(bits=4, dataset=data, tokenizer=tokenizer, model_seqlen=64, batch_size=2)
-    options = calibration(config)
+    options = calibration_of(config)
     assert options.data is data
     assert options.tokenizer is tokenizer
     assert (options.length, options.batch_size, options.sequential) == (64, 2, "groups")
@@ -65,8 +66,8 @@ def test_data_reach_the_engine_and_not_the_file(data: Any) -> None:
     assert written["dataset"] == (data if isinstance(data, str) else None)
     assert written["tokenizer"] is None
     assert config.dataset is data
-    assert calibration(GPTQConfig(bits=4, true_sequential=False)).sequential == "block"
-    assert calibration(GPTQConfig(bits=4)).batch_size is None
+    assert calibration_of(GPTQConfig(bits=4, true_sequential=False)).sequential == "block"
+    assert calibration_of(GPTQConfig(bits=4)).batch_size is None
 
 
 def test_values_are_still_checked() -> None:

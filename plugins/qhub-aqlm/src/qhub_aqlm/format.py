@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qhub.errors import LayoutError
 from qhub.formats import Entry, Format
 from qhub.layouts import Codebook, Layout
 
@@ -53,16 +52,7 @@ class AqlmFormat(Format):
 
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
         assert isinstance(layout, Codebook)
-        for name, entry in self.entries(layout).items():
-            if name not in entries:
-                raise LayoutError(f"an aqlm weight needs the entries {sorted(self.names)}; {name!r} is missing")
-            found = entries[name]
-            if tuple(found.shape) != entry.shape or found.dtype not in entry.dtypes:
-                wanted = " or ".join(map(str, entry.dtypes))
-                raise LayoutError(
-                    f"entry {name!r} is {found.dtype} {tuple(found.shape)}, expected {wanted} {entry.shape} for "
-                    f"{len(layout.nbits)} codebooks of {layout.nbits[0]} bits"
-                )
+        self.check(layout, entries, f"{len(layout.nbits)} codebooks of {layout.nbits[0]} bits")
         parts = {
             "codes": entries["codes"],
             "codebooks": entries["codebooks"],

@@ -53,9 +53,9 @@ def qhub_plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerP
 @hookimpl
 def qhub_calibration(config: Any) -> CalibrationOptions:
     """Take data, tokenizer and lengths from the config."""
-    from qhub_awq.config import calibration
+    from qhub.integrations.config_classes import calibration_of
 
-    return calibration(config)
+    return calibration_of(config)
 
 
 @hookimpl

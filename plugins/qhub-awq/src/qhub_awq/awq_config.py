@@ -11,7 +11,8 @@ from typing import Any
 from transformers.utils import quantization_config
 
 from qhub.errors import ConfigError
-from qhub_awq.initialize import initializer, written
+from qhub.integrations.config_classes import without_data
+from qhub_awq.initialize import initializer
 
 __all__ = ["AwqConfig"]
 
@@ -26,7 +27,7 @@ class AwqConfig(quantization_config.AwqConfig):
     """Holds what transformers' own class holds, and the keys that autoawq, llm-awq, gptqmodel and AutoRound write."""
 
     __init__ = initializer(quantization_config.AwqConfig.__init__)
-    to_dict = written(quantization_config.AwqConfig.to_dict)
+    to_dict = without_data(quantization_config.AwqConfig.to_dict)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

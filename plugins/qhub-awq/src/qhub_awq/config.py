@@ -9,9 +9,9 @@ from qhub.config import ConfigSpec
 from qhub.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qhub.calibration import CalibrationOptions
+    pass
 
-__all__ = ["FORMATS", "KNOWN_KEYS", "OTHER_KEYS", "calibration", "check", "spec"]
+__all__ = ["FORMATS", "KNOWN_KEYS", "OTHER_KEYS", "check", "spec"]
 
 FORMATS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
@@ -103,16 +103,3 @@ def check(config: Any) -> None:
         if not any(type(value) is type(one) and value == one for one in allowed):
             raise ConfigError(f"{name}={value!r} of an awq config: this plugin knows {name}={allowed[0]!r} only")
     exclusions_of(config)
-
-
-def calibration(config: Any) -> CalibrationOptions:
-    """Return what ``config`` asks of the engine: its ``dataset``, ``tokenizer``, ``model_seqlen`` and the like.
-
-    transformers' class has a batch of 1 where nothing is said, which is slow; the engine's own stands for that.
-    """
-    from qhub.calibration import CalibrationOptions
-
-    options: dict[str, Any] = {"data": config.dataset, "tokenizer": config.tokenizer, "length": config.model_seqlen}
-    if config.batch_size not in (None, 1):
-        options["batch_size"] = config.batch_size
-    return CalibrationOptions(**options, sequential="groups" if config.true_sequential else "block")

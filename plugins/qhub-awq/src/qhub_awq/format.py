@@ -101,27 +101,18 @@ class AwqFormat(Format):
         A layer planned symmetric whose zeros are not all 8 keeps them as a tensor.
         """
         assert isinstance(layout, Affine)
-        self._check(layout, entries)
+        n, k, group = layout.out_features, layout.in_features, layout.grid.cols
+        self.check(
+            layout,
+            entries,
+            f"a {n}x{k} weight in groups of {group}: config.json names another format or group size, or the file is "
+            "damaged",
+        )
         scaled = "in_scale" in entries
         found, parts = self.own_unpack(layout, entries)
         if scaled:
             parts["in_scale"] = entries["in_scale"].contiguous()
         return dataclasses.replace(found, transforms=IN_SCALE if scaled else ()), parts
-
-    def _check(self, layout: Affine, entries: Mapping[str, Tensor]) -> None:
-        for name, entry in self.entries(layout).items():
-            if name not in entries:
-                if entry.required:
-                    raise LayoutError(f"an awq weight needs the entry {name!r}, found {sorted(entries)}")
-                continue
-            found = entries[name]
-            if tuple(found.shape) != entry.shape or found.dtype not in entry.dtypes:
-                wanted = " or ".join(_name(dtype) for dtype in entry.dtypes)
-                raise LayoutError(
-                    f"entry {name!r} is {_name(found.dtype)} {tuple(found.shape)}, expected {wanted} {entry.shape} for "
-                    f"a {layout.out_features}x{layout.in_features} weight in groups of {layout.grid.cols}: config.json "
-                    "names another format or group size, or the file is damaged"
-                )
 
 
 class _Gemm(AwqFormat):

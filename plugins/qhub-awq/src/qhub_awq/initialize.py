@@ -12,9 +12,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from qhub.integrations.config_classes import without_data
 from qhub_awq.config import KNOWN_KEYS, OTHER_KEYS
 
-__all__ = ["initializer", "stand_in", "written"]
+__all__ = ["initializer", "stand_in"]
 
 
 def initializer(original: Callable[..., None]) -> Callable[..., None]:
@@ -37,23 +38,6 @@ def initializer(original: Callable[..., None]) -> Callable[..., None]:
     return initialize
 
 
-def written(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Return a ``to_dict`` that names data and tokenizers, where a name was given, and holds neither."""
-
-    @functools.wraps(original)
-    def to_dict(self: Any) -> dict[str, Any]:
-        held = {name: getattr(self, name) for name in ("dataset", "tokenizer")}
-        for name, value in held.items():
-            setattr(self, name, value if isinstance(value, str) else None)
-        try:
-            return original(self)
-        finally:
-            for name, value in held.items():
-                setattr(self, name, value)
-
-    return to_dict
-
-
 def stand_in(module: ModuleType) -> None:
     """Let ``module.AwqConfig`` keep its arguments, and be written without data.
 
@@ -62,4 +46,4 @@ def stand_in(module: ModuleType) -> None:
     """
     cls = module.AwqConfig
     cls.__init__ = initializer(cls.__init__)
-    cls.to_dict = written(cls.to_dict)
+    cls.to_dict = without_data(cls.to_dict)

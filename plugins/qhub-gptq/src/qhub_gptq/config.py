@@ -11,13 +11,12 @@ from qhub.errors import ConfigError
 from qhub_gptq.dynamic import BITS, rules_of
 
 if TYPE_CHECKING:
-    from qhub.calibration import CalibrationOptions
     from qhub.layouts import Layout
     from qhub.reports import Finding
     from qhub_gptq.quantize import Options
 
 __all__ = [
-    "FORMATS", "OTHER_KEYS", "QUALITIES", "calibration", "check", "findings", "quality_of", "solver_options", "spec",
+    "FORMATS", "OTHER_KEYS", "QUALITIES", "check", "findings", "quality_of", "solver_options", "spec",
 ]  # fmt: skip
 
 FORMATS = ("gptq", "gptq_v2")
@@ -130,19 +129,6 @@ def check(config: Any) -> None:
 def quality_of(config: Any) -> Any:
     """Return the config's ``quality``, kept under ``meta``; "standard" where none is given."""
     return (config.meta.get("quality") if isinstance(config.meta, dict) else None) or "standard"
-
-
-def calibration(config: Any) -> CalibrationOptions:
-    """Return what ``config`` asks of the engine: its ``dataset``, ``tokenizer``, ``model_seqlen`` and the like.
-
-    transformers' class has a batch of 1 where nothing is said, which is slow; the engine's own stands for that.
-    """
-    from qhub.calibration import CalibrationOptions
-
-    options: dict[str, Any] = {"data": config.dataset, "tokenizer": config.tokenizer, "length": config.model_seqlen}
-    if config.batch_size not in (None, 1):
-        options["batch_size"] = config.batch_size
-    return CalibrationOptions(**options, sequential="groups" if config.true_sequential else "block")
 
 
 def solver_options(config: Any, layout: Layout) -> Options:

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qhub.errors import LayoutError
 from qhub.formats import Entry, Format
 from qhub.layouts import Affine, Layout
 from qhub.layouts.packing import pack, unpack
@@ -86,7 +85,7 @@ class GptqFormat(Format):
         whose features lie in order needs no permutation, and the other way round.
         """
         assert isinstance(layout, Affine)
-        self._check(layout, entries)
+        self.check(layout, entries, f"{layout.bits} bits in groups of {layout.grid.cols}")
         n, k, bits = layout.out_features, layout.in_features, layout.bits
         packed = words_to_bytes(entries["qweight"].t(), bits, k)
         perm = permutation(entries["g_idx"], layout.grid.cols) if "g_idx" in entries else None
@@ -101,21 +100,3 @@ class GptqFormat(Format):
         if perm is not None:
             parts["in_perm"] = perm
         return dataclasses.replace(layout, transforms=() if perm is None else ACT_ORDER), parts
-
-    def _check(self, layout: Affine, entries: Mapping[str, Tensor]) -> None:
-        for name, entry in self.entries(layout).items():
-            if name not in entries:
-                if entry.required:
-                    raise LayoutError(f"a gptq weight needs the entries {list(_NAMES)}; {name!r} is missing")
-                continue
-            found = entries[name]
-            if tuple(found.shape) != entry.shape or found.dtype not in entry.dtypes:
-                wanted = " or ".join(_name(dtype) for dtype in entry.dtypes)
-                raise LayoutError(
-                    f"entry {name!r} is {_name(found.dtype)} {tuple(found.shape)}, expected {wanted} {entry.shape} for "
-                    f"{layout.bits} bits in groups of {layout.grid.cols}"
-                )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,8 +11,9 @@ from typing import Any
 from transformers.utils import quantization_config
 
 from qhub.errors import ConfigError
+from qhub.integrations.config_classes import without_data
 from qhub_gptq.config import OTHER_KEYS
-from qhub_gptq.initialize import checked, initializer, written
+from qhub_gptq.initialize import checked, initializer
 
 __all__ = ["GPTQConfig"]
 
@@ -28,7 +29,7 @@ class GPTQConfig(quantization_config.GPTQConfig):
 
     __init__ = initializer(quantization_config.GPTQConfig.__init__)
     post_init = checked(quantization_config.GPTQConfig.post_init)
-    to_dict = written(quantization_config.GPTQConfig.to_dict)
+    to_dict = without_data(quantization_config.GPTQConfig.to_dict)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from qhub.integrations.config_classes import without_data
 from qhub_gptq.config import OTHER_KEYS
 
-__all__ = ["checked", "initializer", "stand_in", "written"]
+__all__ = ["checked", "initializer", "stand_in"]
 
 
 def initializer(original: Callable[..., None]) -> Callable[..., None]:
@@ -61,23 +62,6 @@ def checked(original: Callable[[Any], None]) -> Callable[[Any], None]:
     return post_init
 
 
-def written(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Return a ``to_dict`` that names data and tokenizers: neither texts nor objects belong into a config.json."""
-
-    @functools.wraps(original)
-    def to_dict(self: Any) -> dict[str, Any]:
-        held = {name: getattr(self, name) for name in ("dataset", "tokenizer")}
-        for name, value in held.items():
-            setattr(self, name, value if isinstance(value, str) else None)
-        try:
-            return original(self)
-        finally:
-            for name, value in held.items():
-                setattr(self, name, value)
-
-    return to_dict
-
-
 def stand_in(module: ModuleType) -> None:
     """Let ``module.GPTQConfig`` keep its arguments and need no optimum; subclasses (AwqConfig) stay as they are.
 
@@ -85,7 +69,7 @@ def stand_in(module: ModuleType) -> None:
     ``to_dict`` are replaced.
     """
     cls = module.GPTQConfig
-    for name, change in (("__init__", initializer), ("post_init", checked), ("to_dict", written)):
+    for name, change in (("__init__", initializer), ("post_init", checked), ("to_dict", without_data)):
         original = getattr(cls, name)
         setattr(cls, name, _only_for(cls, original, change(original)))
 
