@@ -13,6 +13,7 @@ from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.chunks import row_chunks
+from qhub.layouts.columns import UniformColumns
 from qhub.layouts.fitting import UniformFit
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
@@ -170,6 +171,34 @@ class Affine(Layout):
         elif self.zero == "offset":
             fitted |= scale_codes("zeros", -zero * scale / self.unit, self.zeros_nested, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def columns(self, parts: Parts) -> UniformColumns:
+        scales, zeros = self.scales_and_zeros(parts)
+        size = self.out_features, self.in_features
+        scales = scales.float() * self.unit
+        zero: Tensor | float = self.zero_point
+        if zeros is not None:
+            zeros = zeros.float()
+            if self.zero == "offset":
+                zeros = -zeros * self.unit / torch.where(scales == 0, torch.ones_like(scales), scales)
+            zero = self.grid.expand(zeros, *size).t().contiguous()
+        low, high = self.code_range
+        return UniformColumns(self.grid.expand(scales, *size).t().contiguous(), zero, low, high)
+
+    def moved(self, update: Tensor, parts: Parts) -> dict[str, Tensor] | None:
+        if self.zero == "constant" or self.zeros_nested is not None or not parts["zeros"].is_floating_point():
+            return None
+        grid, dims = self.grid, self.grid.member_dims
+        members = grid.split(torch.ones_like(update))
+        mean = (grid.split(update) * members).sum(dims) / members.sum(dims).clamp_min(1)
+        scales, zeros = self.scales_and_zeros(parts)
+        assert zeros is not None
+        if self.zero == "offset":
+            step = mean / self.unit
+        else:
+            scale = scales.float() * self.unit
+            step = torch.where(scale == 0, torch.zeros_like(mean), -mean / scale)
+        return {**parts, "zeros": (zeros.float() + step).to(parts["zeros"].dtype)}
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

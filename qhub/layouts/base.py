@@ -20,6 +20,7 @@ from qhub.layouts import rows
 from qhub.layouts.transforms import Transform, transform_weight
 
 if TYPE_CHECKING:
+    from qhub.layouts.columns import Columns
     from qhub.layouts.nested import Nested
 
 __all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts", "nbytes"]
@@ -100,6 +101,21 @@ class Layout(ABC):
     @abstractmethod
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         """Return the parts of the matrices ``parts`` on top of each other; None when that is not exact."""
+
+    def columns(self, parts: Parts) -> Columns | None:
+        """Return what rounds single columns of one stored matrix under the scales of ``parts``, unbatched.
+
+        None where a weight has no code of its own.
+        """
+        return None
+
+    def moved(self, update: Tensor, parts: Parts) -> dict[str, Tensor] | None:
+        """Return parts whose grid has moved by the mean of ``update`` (N, K) in each group, codes left as they are.
+
+        None where the grid has nothing that can be moved freely. (Xu et al. 2023, "QA-LoRA", section 3.3: what is
+        constant within a group fits into a float zero.)
+        """
+        return None
 
     def scale_tensors(self) -> dict[str, Nested | None]:
         """Return the names of the scale tensors, each with how it is quantized in turn; None for plain ones."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
+from qhub.layouts.columns import CastColumns
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes
 
@@ -65,6 +66,10 @@ class Float8(Layout):
         scale = (absmax / torch.finfo(self.dtype).max).clamp_min(1e-12)
         fitted = scale_codes("scales", scale, None, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def columns(self, parts: Parts) -> CastColumns:
+        scale = self.grid.expand(parts["scales"].float(), self.out_features, self.in_features)
+        return CastColumns(scale.t().contiguous(), self.dtype)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
         scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)

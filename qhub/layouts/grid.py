@@ -84,6 +84,11 @@ class Grid:
             return scale.unsqueeze(-2).unsqueeze(-1)
         return scale.unsqueeze(-1) if self.kind == "flat" else scale.unsqueeze(-2)
 
+    def expand(self, scale: Tensor, out_features: int, in_features: int) -> Tensor:
+        """Return the scale (out_features, in_features) of each weight, from ``scale`` (*scale_shape)."""
+        shape = self.split(torch.empty(out_features, in_features, device="meta")).shape
+        return self.join(self.spread(scale).expand(shape), out_features, in_features)
+
     @property
     def member_dims(self) -> tuple[int, ...]:
         """Return the axes of :meth:`split` along which the members of one group lie."""

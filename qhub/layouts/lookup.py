@@ -12,6 +12,7 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
+from qhub.layouts.columns import TableColumns
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
@@ -69,7 +70,7 @@ class Lookup(Layout):
         scale = self.grid.spread(self.scales(parts))
         ratio = self.grid.split(weight.float()) / torch.where(scale == 0, torch.ones_like(scale), scale)
         table, order = torch.sort(parts["table"])
-        place = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2, out_int32=True)
+        place = torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True)
         q = self.grid.join(order.to(torch.uint8)[place], self.out_features, self.in_features)
         return {"qweight": pack(q, self.bits)}
 
@@ -79,6 +80,10 @@ class Lookup(Layout):
         scale = (absmax / parts["table"].abs().max()).clamp_min(1e-12)
         fitted = scale_codes("scales", scale, self.scales_nested, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
+
+    def columns(self, parts: Parts) -> TableColumns:
+        scale = self.grid.expand(self.scales(parts), self.out_features, self.in_features)
+        return TableColumns(scale.t().contiguous(), parts["table"].sort().values)
 
     def row_parts(self, parts: Parts, start: int, stop: int) -> dict[str, Tensor] | None:
         scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)

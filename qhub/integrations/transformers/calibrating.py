@@ -84,13 +84,13 @@ def samples_for(model: Any, options: CalibrationOptions) -> tuple[list[dict[str,
     if options.data is None:
         from qhub.integrations.transformers.writing import written_samples
 
-        samples = written_samples(model, _tokenizer(model, options), options, length)
+        samples = written_samples(model, loaded_tokenizer(model, options), options, length)
         warnings.append(
             f"no calibration data were given: the model wrote {len(samples)} samples itself; text of the kind that it "
             "will meet is usually better"
         )
     else:
-        tokenizer = _tokenizer(model, options)
+        tokenizer = loaded_tokenizer(model, options)
         samples = samples_of(options.data, tokenizer, options.samples, length)
         template = getattr(tokenizer, "chat_template", None)
         if template is not None and not _looks_like_chat(samples, tokenizer):
@@ -98,14 +98,14 @@ def samples_for(model: Any, options: CalibrationOptions) -> tuple[list[dict[str,
                 "the tokenizer has a chat template and no calibration sample follows it: a chat model is better "
                 'calibrated with chats (a jsonl file with "messages")'
             )
-    samples = [_with_decoder(model, sample) for sample in samples]
+    samples = [decoder_tokens(model, sample) for sample in samples]
     warnings += check_samples(samples, vocabulary, context)
     for warning in warnings:
         logger.warning(warning)
     return samples, warnings
 
 
-def _with_decoder(model: Any, sample: dict[str, Any]) -> dict[str, Any]:
+def decoder_tokens(model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the sample with tokens for the decoder, where the model has an encoder and none were given."""
     if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in sample:
         return sample
@@ -122,7 +122,8 @@ def _with_decoder(model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "decoder_input_ids": shifted}
 
 
-def _tokenizer(model: Any, options: CalibrationOptions) -> Any:
+def loaded_tokenizer(model: Any, options: CalibrationOptions, local: bool = False) -> Any:
+    """Return the tokenizer that ``options`` name, else the model's own, or None; ``local``: none is downloaded."""
     given = options.tokenizer
     if given is not None and not isinstance(given, str):
         return given
@@ -130,7 +131,7 @@ def _tokenizer(model: Any, options: CalibrationOptions) -> Any:
 
     source = given or model.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if given is not None:
             raise ConfigError(f"no tokenizer can be loaded from {source}: {error}") from error
@@ -158,9 +159,11 @@ def bar() -> Progress:
 
     def show(done: int, total: int, text: str) -> None:
         if "bar" not in state:
-            state["bar"] = tqdm(total=total, desc="calibrating", unit="block")
+            state.update(bar=tqdm(total=total, desc="calibrating", unit="block"), done=0)
         state["bar"].set_postfix_str(text, refresh=False)
-        state["bar"].update(done - state["bar"].n)
+        # Counted here: with transformers' progress bars turned off, this is an object that knows no numbers.
+        state["bar"].update(done - state["done"])
+        state["done"] = done
         if done == total:
             state["bar"].close()
 

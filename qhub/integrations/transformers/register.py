@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from qhub.errors import UnknownMethodError
+from qhub.integrations import accelerate
 from qhub.integrations.transformers import companions
 from qhub.registry import registry
 
@@ -39,6 +40,7 @@ def install() -> None:
         _joined.add(name)
     _refuse_unknown(auto)
     companions.wrap(auto)
+    accelerate.watch()
     _wrap_model_methods()
 
 

@@ -1,0 +1,12 @@
+"""Joins PEFT: adapters merge into quantized weights, and out of them again, whatever the tuner.
+
+register.py   wraps a few methods of PEFT's base classes, once, when PEFT is imported
+layers.py     one tuner layer: merge and unmerge
+models.py     a whole model: checks before anything is changed, the report after it
+observing.py  what the layers take and what the model predicts, on a little text
+merging.py    one call for what PEFT's own take no arguments for
+"""
+
+from qhub.integrations.peft.register import install
+
+__all__ = ["install"]

@@ -1,0 +1,168 @@
+"""Merges adapters into the quantized weights of one tuner layer, and takes them out again bit by bit.
+
+PEFT's own method does the arithmetic, whatever the tuner: for its time the layer holds the dense weight in float32. The
+result is rounded to the layout once, however many adapters were merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qhub.errors import UnsupportedError
+from qhub.integrations.peft.observing import Observed, observed
+from qhub.layouts.chunks import all_finite
+from qhub.merging import MergedLayer, current_options
+from qhub.merging.rounding import round_onto
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["check", "forget", "merge", "quantized_of", "unmerge"]
+
+# What a layer was before adapters were merged into it; on the tuner layer itself, so that it goes when that goes.
+_BEFORE = "_qhub_before_merge"
+
+
+def quantized_of(layer: Any) -> dict[str, QuantizedTensor]:
+    """Return the quantized weights of the base layer that ``layer`` may write into, by their name there."""
+    base = layer.get_base_layer()
+    # A wrapper of one parameter writes into that one only.
+    only = getattr(layer, "parameter_name", None)
+    return {
+        name: parameter
+        for name, parameter in getattr(base, "_parameters", {}).items()
+        if isinstance(parameter, QuantizedTensor) and only in (None, name)
+    }
+
+
+def check(layer: Any, names: list[str] | None, where: str) -> None:
+    """Raise :class:`UnsupportedError` if adapters ``names`` (None: the active ones) of ``layer`` cannot be merged.
+
+    ``where``: the layer's name, for the message. Nothing is changed.
+    """
+    for name, weight in quantized_of(layer).items():
+        if weight.policy.refuse is not None:
+            raise UnsupportedError(f"no adapter can be merged into {where}.{name}: {weight.policy.refuse}")
+        if weight.device.type == "meta":
+            raise UnsupportedError(
+                f"no adapter can be merged into {where}.{name}: it is offloaded and not in memory. Load the model "
+                "without offloading to merge into it"
+            )
+    for adapter in layer.active_adapters if names is None else names:
+        for owner in layer.adapter_layer_names:
+            held = getattr(layer, owner, None)
+            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter not in held:
+                continue
+            found = held[adapter]
+            for tensor in found.parameters() if isinstance(found, nn.Module) else [found]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not all_finite(tensor):
+                    raise UnsupportedError(
+                        f"adapter {adapter!r} holds NaN or infinity in {owner} of {where}: nothing was merged. Train "
+                        "it again, or load another"
+                    )
+
+
+def merge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Do what ``original``, the tuner's own ``merge``, does, on quantized base weights."""
+    weights = quantized_of(layer)
+    if not weights:
+        original(*args, **kwargs)
+        return
+    seen = observed()
+    where = type(layer).__name__ if seen is None else seen.names.get(layer, type(layer).__name__)
+    names = kwargs.get("adapter_names", args[1] if len(args) > 1 else None)
+    check(layer, names if isinstance(names, list) else None, where)
+    merged = list(layer.merged_adapters)
+    base = layer.get_base_layer()
+    before = {name: (weight.quant_layout, weight.parts) for name, weight in weights.items()}
+    # Two wrappers of parameters may share one base layer: neither may put back what the other wrote.
+    alone = getattr(layer, "parameter_name", None) is None
+    others = {n: p.data.clone() for n, p in base._parameters.items() if alone and p is not None and n not in weights}
+    try:
+        with _dense(base, weights) as dense:
+            original(*args, **kwargs)
+            if layer.merged_adapters == merged:
+                return
+            written = {
+                name: _rounded(name, where, weight, dense[name], seen, layer) for name, weight in weights.items()
+            }
+    except BaseException:
+        layer.merged_adapters = merged
+        _restore(base, {}, others)
+        raise
+    for name, weight in weights.items():
+        weight.data = weight._like(written[name])
+    if not merged and (seen is None or seen.reversible):
+        setattr(layer, _BEFORE, (before, others))
+
+
+def _rounded(
+    name: str, where: str, weight: QuantizedTensor, parameter: Tensor, seen: Observed | None, layer: Any
+) -> dict[str, Tensor]:
+    target = parameter.detach().to(weight.device, torch.float32)
+    if not all_finite(target):
+        raise UnsupportedError(f"with the adapter merged, {where}.{name} holds NaN or infinity: nothing was merged")
+    if weight.transposed:
+        target = target.transpose(-1, -2)
+    inputs = None if seen is None else seen.inputs.get(layer)
+    grid = current_options().grid or weight.policy.grid
+    with torch.no_grad():
+        rounded = round_onto(target, weight.quant_layout, weight.parts, grid, inputs)
+    if seen is not None:
+        seen.layers.append(
+            MergedLayer(f"{where}.{name}", rounded.grid, rounded.spread, rounded.update, rounded.error, rounded.rows)
+        )
+    return rounded.parts
+
+
+def unmerge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Do what ``original``, the tuner's own ``unmerge``, does; the weights get back the very codes they had."""
+    weights = quantized_of(layer)
+    if not weights or not layer.merged:
+        original(*args, **kwargs)
+        return
+    base = layer.get_base_layer()
+    kept = getattr(layer, _BEFORE, None)
+    with _dense(base, weights) as dense:
+        original(*args, **kwargs)
+        if kept is None:
+            # Merged elsewhere: all that is left is to subtract.
+            written = {name: _rounded(name, "", weight, dense[name], None, layer) for name, weight in weights.items()}
+    if kept is None:
+        for name, weight in weights.items():
+            weight.data = weight._like(written[name])
+        return
+    _restore(base, *kept)
+    delattr(layer, _BEFORE)
+
+
+def forget(layer: Any) -> None:
+    """Give up what :func:`unmerge` would need."""
+    if hasattr(layer, _BEFORE):
+        delattr(layer, _BEFORE)
+
+
+@contextmanager
+def _dense(base: nn.Module, weights: dict[str, QuantizedTensor]) -> Iterator[dict[str, Tensor]]:
+    """Put dense float32 weights in the place of quantized ones; yield where they are found, current until the end."""
+    held = base._parameters
+    for name, weight in weights.items():
+        held[name] = nn.Parameter(weight.dequantize(torch.float32).contiguous(), requires_grad=False)
+    try:
+        yield held  # type: ignore[misc]
+    finally:
+        held.update(weights)  # type: ignore[arg-type]
+
+
+def _restore(base: nn.Module, before: dict[str, Any], others: dict[str, Tensor]) -> None:
+    for name, (layout, parts) in before.items():
+        weight = base._parameters[name]
+        assert isinstance(weight, QuantizedTensor)
+        weight.data = weight._like(parts, layout=layout)
+    for name, value in others.items():
+        parameter = base._parameters[name]
+        if parameter is not None and parameter.shape == value.shape:
+            parameter.data = value

@@ -1,0 +1,207 @@
+"""Merges adapters into a whole quantized model: checked before anything is changed, reported when it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qhub.errors import UnsupportedError
+from qhub.integrations.peft import layers
+from qhub.integrations.peft.observing import Observed, Text, inputs_of, observing, text_for
+from qhub.merging import MergeReport, current_options
+
+__all__ = ["merge_adapter", "merge_and_unload", "tuner_layers"]
+
+logger = logging.getLogger("qhub")
+
+# Where a model's config says which adapters its quantized weights hold already.
+_MERGED = "merged_adapters"
+# Above it the merged model has lost much of what the adapters did.
+_MUCH_LOST = 0.5
+
+
+def tuner_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the tuner layers of ``model`` that have quantized base weights, with their names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and layers.quantized_of(module)
+    }
+
+
+def merge_adapter(
+    tuner: Any, original: Callable[..., None], adapter_names: list[str] | None = None, safe_merge: bool = False
+) -> None:
+    """Do what ``original``, a tuner model's ``merge_adapter``, does; all layers or, when one fails, none.
+
+    The old codes stay in memory, for unmerging. Raises :class:`UnsupportedError` when the adapters are merged already,
+    hold NaN, or a weight cannot be written into.
+    """
+    found = tuner_layers(tuner.model)
+    if not found:
+        original(adapter_names=adapter_names, safe_merge=safe_merge)
+        return
+    wanted = _wanted(found, adapter_names)
+    if wanted and all(_mergeable(layer, wanted) <= set(layer.merged_adapters) for layer in found):
+        raise UnsupportedError(
+            f"{_listed(wanted)} is merged already: nothing was changed. Unmerge it first (unmerge_adapter()), or merge "
+            "another"
+        )
+    with _measured(tuner, found, adapter_names, reversible=True):
+        merged = {layer for layer in found if layer.merged}  # type: ignore[union-attr]
+        try:
+            original(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer in found:
+                if layer not in merged and layer.merged:  # type: ignore[union-attr]
+                    layer.unmerge()  # type: ignore[union-attr, operator]
+            raise
+
+
+def merge_and_unload(
+    tuner: Any,
+    original: Callable[..., nn.Module],
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> nn.Module:
+    """Do what ``original``, a tuner model's ``merge_and_unload``, does; the model gets ``qhub_merge_report``.
+
+    The report, a :class:`qhub.merging.MergeReport`, says how far the merged model's predictions are from those with the
+    adapters on top. Raises :class:`UnsupportedError`, before anything is changed, when the adapters are merged already,
+    hold NaN, or a weight cannot be written into.
+    """
+    arguments = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
+    found = tuner_layers(tuner.model)
+    if not found:
+        if getattr(tuner, "_qhub_unloaded", False):
+            raise UnsupportedError(
+                "these adapters were merged and unloaded already: the model that merge_and_unload() returned holds them"
+            )
+        return original(**arguments)
+    wanted = _wanted(found, adapter_names)
+    sums = {name: _checksum(found, name) for name in wanted}
+    config = getattr(tuner.model, "config", None)
+    held = {one["sha256"]: one for one in getattr(config, _MERGED, None) or []}
+    for name, checksum in sums.items():
+        if checksum in held:
+            raise UnsupportedError(
+                f"adapter {name!r} was merged into these weights before (see {_MERGED} in the model's config): nothing "
+                "was changed. Load the base model without it, or merge another adapter"
+            )
+    with _measured(tuner, found, adapter_names, reversible=False) as report:
+        model = original(**arguments)
+        for layer in found:
+            layers.forget(layer)
+    tuner._qhub_unloaded = True
+    if config is not None:
+        news = [{"name": name, "sha256": checksum} for name, checksum in sums.items()]
+        setattr(config, _MERGED, [*held.values(), *news])
+    model.qhub_merge_report = report  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def _measured(
+    tuner: Any, found: dict[nn.Module, str], adapter_names: list[str] | None, reversible: bool
+) -> Iterator[MergeReport]:
+    """Check the adapters, then compare the model's predictions before the block with those after it."""
+    for layer, name in found.items():
+        layers.check(layer, adapter_names, name)
+    start = time.perf_counter()
+    wanted = _wanted(found, adapter_names)
+    report = MergeReport(adapters=wanted)
+    seen = Observed(names=found, layers=report.layers, reversible=reversible)
+    merged_before = any(layer.merged for layer in found)  # type: ignore[union-attr]
+    reference: Tensor | None = None
+    if merged_before:
+        text = Text(tuner.model, [], ["nothing was measured: adapters were merged before this call"])
+    else:
+        text = text_for(tuner.model, current_options())
+        with _activated(found, adapter_names):
+            seen.inputs = inputs_of(text, found)
+            reference = text.run()
+        with _switched_off(found):
+            report.kl_without, _ = text.kl(reference)
+    report.notes += text.notes
+    with observing(seen), warnings.catch_warnings():
+        # PEFT says of every quantized base that merging rounds; the report says by how much.
+        warnings.filterwarnings("ignore", message="Merge lora module to .* may get different generations")
+        yield report
+    report.kl, report.tokens = text.kl(reference)
+    report.seconds = time.perf_counter() - start
+    tuner.model.qhub_merge_report = report
+    lost = report.kept is not None and report.kept < 1 - _MUCH_LOST
+    logger.log(logging.WARNING if lost else logging.INFO, "%s", report.summary())
+    if lost:
+        logger.warning(
+            "merging rounded away much of what the adapters did: keep them unmerged, merge into the unquantized model "
+            "and quantize that, or use more bits"
+        )
+
+
+def _wanted(found: dict[nn.Module, str], adapter_names: list[str] | None) -> list[str]:
+    names: dict[str, None] = {}
+    for layer in found:
+        names |= dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)  # type: ignore[union-attr]
+    return list(names)
+
+
+def _mergeable(layer: Any, names: list[str]) -> set[str]:
+    return set(names) & set(layer._get_available_adapters())
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(f"adapter {name!r}" for name in names)
+
+
+@contextmanager
+def _activated(found: dict[nn.Module, str], names: list[str] | None) -> Iterator[None]:
+    """Make ``names`` the active adapters for a block; None: leave them as they are."""
+    before = {layer: layer._active_adapter for layer in found}
+    try:
+        if names is not None:
+            for layer in found:
+                layer._active_adapter = names  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, active in before.items():
+            layer._active_adapter = active
+
+
+@contextmanager
+def _switched_off(found: dict[nn.Module, str]) -> Iterator[None]:
+    before = {layer: layer._disable_adapters for layer in found}
+    try:
+        for layer in found:
+            layer._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, disabled in before.items():
+            layer._disable_adapters = disabled
+
+
+def _checksum(found: dict[nn.Module, str], adapter: str) -> str:
+    """Return the SHA-256 of an adapter's tensors."""
+    digest = hashlib.sha256()
+    for layer, name in found.items():
+        for owner in layer.adapter_layer_names:  # type: ignore[union-attr]
+            held = getattr(layer, owner, None)
+            if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter not in held:
+                continue
+            tensors = held[adapter]
+            for tensor in tensors.parameters() if isinstance(tensors, nn.Module) else [tensors]:
+                if isinstance(tensor, Tensor):
+                    digest.update(f"{name}.{owner}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
