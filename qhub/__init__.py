@@ -17,6 +17,7 @@ from qhub.hookspecs import hookimpl
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec, MethodConfig
     from qhub.errors import QhubError
+    from qhub.integrations.peft.merging import merge
     from qhub.integrations.transformers.quantize import quantize
     from qhub.kernels import explain
     from qhub.modules import QuantLinear
@@ -35,6 +36,7 @@ __all__ = [
     "Registry",
     "explain",
     "hookimpl",
+    "merge",
     "plugins",
     "quantize",
 ]
@@ -49,6 +51,7 @@ _HOMES = {
     "QuantizedTensor": "qhub.tensor:QuantizedTensor",
     "Registry": "qhub.registry:Registry",
     "explain": "qhub.kernels.explanation:explain",
+    "merge": "qhub.integrations.peft.merging:merge",
     "plugins": "qhub.registry:registry",
     "quantize": "qhub.integrations.transformers.quantize:quantize",
 }

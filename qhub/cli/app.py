@@ -20,6 +20,7 @@ from qhub.cli.eval_ import evaluate
 from qhub.cli.explain import explain
 from qhub.cli.inspect_ import inspect
 from qhub.cli.list_ import list_methods
+from qhub.cli.merge import merge
 from qhub.cli.new_plugin import new_plugin
 from qhub.cli.output import fail, json_wanted, working
 from qhub.cli.quantize import quantize
@@ -137,6 +138,7 @@ def _root(
       qhub quantize MODEL --method hqq --out DIR  a folder or a Hub model
       qhub inspect DIR                            what is in the result
       qhub eval DIR --base MODEL                  what it costs in quality
+      qhub merge DIR ADAPTER --out OUT            an adapter into its weights
 
     Each command has its own help, such as qhub quantize --help.
     Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed
@@ -147,6 +149,7 @@ def _root(
 app.command("list")(list_methods)
 app.command("doctor")(doctor)
 app.command("quantize")(quantize)
+app.command("merge")(merge)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
 app.command("explain")(explain)

@@ -17,6 +17,7 @@ __all__ = [
     "DeviceMap",
     "Dtype",
     "Model",
+    "check_target",
     "copy_companions",
     "existing",
     "load_config",
@@ -69,6 +70,19 @@ DeviceMap = Annotated[
 ]
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def check_target(model: str, out: Path, overwrite: bool) -> None:
+    """Make ``out`` wrong usage where it is a file, the folder of ``model``, or not empty, unless ``overwrite``."""
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
+    source = Path(model)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise typer.BadParameter(
+            "it is the folder of MODEL, whose weights would be replaced: take another", param_hint="--out"
+        )
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise typer.BadParameter(f"the folder {out} is not empty: take another, or add --overwrite", param_hint="--out")
 
 
 def parse_dtype(name: str) -> Any:

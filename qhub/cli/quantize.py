@@ -15,6 +15,7 @@ from qhub.cli.loading import (
     DeviceMap,
     Dtype,
     Model,
+    check_target,
     copy_companions,
     load_config,
     load_model,
@@ -87,7 +88,7 @@ def quantize(
       qhub quantize ./llama -m gptq --bits 4 --dataset texts.jsonl -o ./llama-gptq
     """
     wanted, places = parse_dtype(dtype), parse_device_map(device_map)
-    _check_target(model, out, overwrite)
+    check_target(model, out, overwrite)
     given = {"data": dataset, "samples": samples, "length": length, "batch_size": batch_size, "place": activations}
     chosen = {name: value for name, value in {**given, "device": device}.items() if value is not None}
     from qhub.registry import registry
@@ -181,18 +182,6 @@ def _setting(text: str) -> tuple[str, Any]:
     except json.JSONDecodeError:
         # Python's spellings mean what they say; anything else is text.
         return key.strip(), {"True": True, "False": False, "None": None}.get(value, value)
-
-
-def _check_target(model: str, out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
-    source = Path(model)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise typer.BadParameter(
-            "it is the folder of MODEL, whose weights would be replaced: take another", param_hint="--out"
-        )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise typer.BadParameter(f"the folder {out} is not empty: take another, or add --overwrite", param_hint="--out")
 
 
 def _refuse_quantized(model: str) -> None:

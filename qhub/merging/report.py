@@ -55,7 +55,7 @@ class MergeReport:
     def summary(self) -> str:
         """Return the report in a sentence or two."""
         grids = ", ".join(f"{count} {grid}" for grid, count in sorted(Counter(one.grid for one in self.layers).items()))
-        text = f"merged {' and '.join(self.adapters) or 'adapters'} into {len(self.layers)} quantized weights"
+        text = f"merged {' and '.join(self.adapters) or 'adapters'} into {len(self.layers)} weights"
         text += f" (grid: {grids})" if grids else ""
         if self.kl is not None:
             text += f"; KL from adapter on top {self.kl:.4f}"

@@ -72,6 +72,9 @@ def merge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) 
         original(*args, **kwargs)
         return
     seen = observed()
+    if seen is not None and seen.dense:
+        _merge_dense(layer, original, weights, *args, **kwargs)
+        return
     where = type(layer).__name__ if seen is None else seen.names.get(layer, type(layer).__name__)
     names = kwargs.get("adapter_names", args[1] if len(args) > 1 else None)
     check(layer, names if isinstance(names, list) else None, where)
@@ -97,6 +100,18 @@ def merge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) 
         weight.data = weight._like(written[name])
     if not merged and (seen is None or seen.reversible):
         setattr(layer, _BEFORE, (before, others))
+
+
+def _merge_dense(
+    layer: Any, original: Callable[..., None], weights: dict[str, QuantizedTensor], *args: Any, **kwargs: Any
+) -> None:
+    """Merge, and leave the exact result in the layer's place as a dense weight."""
+    base = layer.get_base_layer()
+    with _dense(base, weights) as dense:
+        original(*args, **kwargs)
+        merged = {name: dense[name].detach().to(weight.dtype) for name, weight in weights.items()}
+    for name, value in merged.items():
+        base._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def _rounded(

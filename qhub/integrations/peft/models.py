@@ -18,7 +18,7 @@ from qhub.integrations.peft import layers
 from qhub.integrations.peft.observing import Observed, Text, inputs_of, observing, text_for
 from qhub.merging import MergeReport, current_options
 
-__all__ = ["merge_adapter", "merge_and_unload", "tuner_layers"]
+__all__ = ["adapted_layers", "merge_adapter", "merge_and_unload", "new_checksums", "note_merged", "quantized_layers"]
 
 logger = logging.getLogger("qhub")
 
@@ -28,15 +28,20 @@ _MERGED = "merged_adapters"
 _MUCH_LOST = 0.5
 
 
-def tuner_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the tuner layers of ``model`` that have quantized base weights, with their names."""
+def adapted_layers(model: nn.Module) -> dict[Any, str]:
+    """Return the tuner layers of ``model``, with their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {
         module: name
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and layers.quantized_of(module)
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer")
     }
+
+
+def quantized_layers(model: nn.Module) -> dict[Any, str]:
+    """Return the tuner layers of ``model`` that have quantized base weights, with their names."""
+    return {layer: name for layer, name in adapted_layers(model).items() if layers.quantized_of(layer)}
 
 
 def merge_adapter(
@@ -47,7 +52,7 @@ def merge_adapter(
     The old codes stay in memory, for unmerging. Raises :class:`UnsupportedError` when the adapters are merged already,
     hold NaN, or a weight cannot be written into.
     """
-    found = tuner_layers(tuner.model)
+    found = quantized_layers(tuner.model)
     if not found:
         original(adapter_names=adapter_names, safe_merge=safe_merge)
         return
@@ -58,13 +63,13 @@ def merge_adapter(
             "another"
         )
     with _measured(tuner, found, adapter_names, reversible=True):
-        merged = {layer for layer in found if layer.merged}  # type: ignore[union-attr]
+        merged = {layer for layer in found if layer.merged}
         try:
             original(adapter_names=adapter_names, safe_merge=safe_merge)
         except BaseException:
             for layer in found:
-                if layer not in merged and layer.merged:  # type: ignore[union-attr]
-                    layer.unmerge()  # type: ignore[union-attr, operator]
+                if layer not in merged and layer.merged:
+                    layer.unmerge()
             raise
 
 
@@ -82,38 +87,27 @@ def merge_and_unload(
     hold NaN, or a weight cannot be written into.
     """
     arguments = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
-    found = tuner_layers(tuner.model)
+    found = quantized_layers(tuner.model)
     if not found:
         if getattr(tuner, "_qhub_unloaded", False):
             raise UnsupportedError(
                 "these adapters were merged and unloaded already: the model that merge_and_unload() returned holds them"
             )
         return original(**arguments)
-    wanted = _wanted(found, adapter_names)
-    sums = {name: _checksum(found, name) for name in wanted}
-    config = getattr(tuner.model, "config", None)
-    held = {one["sha256"]: one for one in getattr(config, _MERGED, None) or []}
-    for name, checksum in sums.items():
-        if checksum in held:
-            raise UnsupportedError(
-                f"adapter {name!r} was merged into these weights before (see {_MERGED} in the model's config): nothing "
-                "was changed. Load the base model without it, or merge another adapter"
-            )
+    sums = new_checksums(tuner, found, adapter_names)
     with _measured(tuner, found, adapter_names, reversible=False) as report:
         model = original(**arguments)
         for layer in found:
             layers.forget(layer)
     tuner._qhub_unloaded = True
-    if config is not None:
-        news = [{"name": name, "sha256": checksum} for name, checksum in sums.items()]
-        setattr(config, _MERGED, [*held.values(), *news])
+    note_merged(model, sums)
     model.qhub_merge_report = report  # type: ignore[assignment]
     return model
 
 
 @contextmanager
 def _measured(
-    tuner: Any, found: dict[nn.Module, str], adapter_names: list[str] | None, reversible: bool
+    tuner: Any, found: dict[Any, str], adapter_names: list[str] | None, reversible: bool
 ) -> Iterator[MergeReport]:
     """Check the adapters, then compare the model's predictions before the block with those after it."""
     for layer, name in found.items():
@@ -122,7 +116,7 @@ def _measured(
     wanted = _wanted(found, adapter_names)
     report = MergeReport(adapters=wanted)
     seen = Observed(names=found, layers=report.layers, reversible=reversible)
-    merged_before = any(layer.merged for layer in found)  # type: ignore[union-attr]
+    merged_before = any(layer.merged for layer in found)
     reference: Tensor | None = None
     if merged_before:
         text = Text(tuner.model, [], ["nothing was measured: adapters were merged before this call"])
@@ -150,10 +144,10 @@ def _measured(
         )
 
 
-def _wanted(found: dict[nn.Module, str], adapter_names: list[str] | None) -> list[str]:
+def _wanted(found: dict[Any, str], adapter_names: list[str] | None) -> list[str]:
     names: dict[str, None] = {}
     for layer in found:
-        names |= dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)  # type: ignore[union-attr]
+        names |= dict.fromkeys(layer.active_adapters if adapter_names is None else adapter_names)
     return list(names)
 
 
@@ -166,13 +160,13 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _activated(found: dict[nn.Module, str], names: list[str] | None) -> Iterator[None]:
+def _activated(found: dict[Any, str], names: list[str] | None) -> Iterator[None]:
     """Make ``names`` the active adapters for a block; None: leave them as they are."""
     before = {layer: layer._active_adapter for layer in found}
     try:
         if names is not None:
             for layer in found:
-                layer._active_adapter = names  # type: ignore[assignment]
+                layer._active_adapter = names
         yield
     finally:
         for layer, active in before.items():
@@ -180,22 +174,43 @@ def _activated(found: dict[nn.Module, str], names: list[str] | None) -> Iterator
 
 
 @contextmanager
-def _switched_off(found: dict[nn.Module, str]) -> Iterator[None]:
+def _switched_off(found: dict[Any, str]) -> Iterator[None]:
     before = {layer: layer._disable_adapters for layer in found}
     try:
         for layer in found:
-            layer._disable_adapters = True  # type: ignore[assignment]
+            layer._disable_adapters = True
         yield
     finally:
         for layer, disabled in before.items():
             layer._disable_adapters = disabled
 
 
-def _checksum(found: dict[nn.Module, str], adapter: str) -> str:
+def new_checksums(tuner: Any, found: dict[Any, str], adapter_names: list[str] | None) -> dict[str, str]:
+    """Return the checksum of each adapter; raise :class:`UnsupportedError` if the model's weights hold one of them."""
+    sums = {name: _checksum(found, name) for name in _wanted(found, adapter_names)}
+    held = {one["sha256"] for one in getattr(getattr(tuner.model, "config", None), _MERGED, None) or []}
+    for name, checksum in sums.items():
+        if checksum in held:
+            raise UnsupportedError(
+                f"adapter {name!r} was merged into these weights before (see {_MERGED} in the model's config): nothing "
+                "was changed. Load the base model without it, or merge another adapter"
+            )
+    return sums
+
+
+def note_merged(model: Any, sums: dict[str, str]) -> None:
+    """Write the adapters that ``model``'s weights now hold into its config."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        news = [{"name": name, "sha256": checksum} for name, checksum in sums.items()]
+        setattr(config, _MERGED, [*(getattr(config, _MERGED, None) or []), *news])
+
+
+def _checksum(found: dict[Any, str], adapter: str) -> str:
     """Return the SHA-256 of an adapter's tensors."""
     digest = hashlib.sha256()
     for layer, name in found.items():
-        for owner in layer.adapter_layer_names:  # type: ignore[union-attr]
+        for owner in layer.adapter_layer_names:
             held = getattr(layer, owner, None)
             if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter not in held:
                 continue

@@ -30,13 +30,14 @@ class Observed:
     """Holds what is known of a model while adapters are merged into it.
 
     ``names``: of its tuner layers. ``inputs``: (rows, K) of each that was reached. ``layers``: filled by the merge.
-    ``reversible``: whether the old codes are kept for unmerging.
+    ``reversible``: whether the old codes are kept for unmerging. ``dense``: whether merged weights become dense.
     """
 
-    names: dict[nn.Module, str]
+    names: dict[Any, str]
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     layers: list[MergedLayer] = field(default_factory=list)
     reversible: bool = True
+    dense: bool = False
 
 
 _observed: ContextVar[Observed | None] = ContextVar("qhub_observed", default=None)
@@ -63,7 +64,7 @@ class Text:
     ``samples``: keyword arguments of the model each.
     """
 
-    def __init__(self, model: nn.Module, samples: list[dict[str, Any]], notes: list[str]) -> None:
+    def __init__(self, model: Any, samples: list[dict[str, Any]], notes: list[str]) -> None:
         self._model = model
         self.samples = samples
         self.notes = notes
@@ -91,7 +92,7 @@ class Text:
         return float(kl_divergence(reference, now).mean()), len(now)
 
 
-def text_for(model: nn.Module, options: MergeOptions) -> Text:
+def text_for(model: Any, options: MergeOptions) -> Text:
     """Return text for ``model``: what ``options`` give, else what it writes itself, else random tokens."""
     if options.samples == 0:
         return Text(model, [], ["nothing was measured: 0 samples were asked for"])

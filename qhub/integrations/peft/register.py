@@ -6,7 +6,7 @@ The wrapped methods do what they did wherever no quantized weight is concerned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["install"]
@@ -18,38 +18,35 @@ def install() -> None:
 
     from qhub.integrations.peft import models
 
-    for name, replacement in {
-        "merge_adapter": models.merge_adapter,
-        "merge_and_unload": models.merge_and_unload,
-    }.items():
-        _wrap(tuners_utils.BaseTuner, name, replacement)
-    base = tuners_utils.BaseTunerLayer
+    _wrap(tuners_utils.BaseTuner, "merge_adapter", models.merge_adapter)
+    _wrap(tuners_utils.BaseTuner, "merge_and_unload", models.merge_and_unload)
+    base: Any = tuners_utils.BaseTunerLayer
     for cls in _family(base):
         _wrap_layer(cls)
     if "__init_subclass__" not in vars(base):
 
-        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        def __init_subclass__(cls: Any, **kwargs: Any) -> None:
             super(base, cls).__init_subclass__(**kwargs)
             _wrap_layer(cls)
 
-        base.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]
+        base.__init_subclass__ = classmethod(__init_subclass__)
 
 
-def _family(base: type) -> Iterator[type]:
+def _family(base: Any) -> Iterator[Any]:
     for cls in base.__subclasses__():
         yield cls
         yield from _family(cls)
 
 
-def _wrap_layer(cls: type) -> None:
+def _wrap_layer(cls: Any) -> None:
     from qhub.integrations.peft import layers
 
-    for name, replacement in {"merge": layers.merge, "unmerge": layers.unmerge}.items():
+    for name in ("merge", "unmerge"):
         if name in vars(cls):
-            _wrap(cls, name, replacement)
+            _wrap(cls, name, getattr(layers, name))
 
 
-def _wrap(cls: type, name: str, replacement: Callable[..., Any]) -> None:
+def _wrap(cls: Any, name: str, replacement: Any) -> None:
     original = vars(cls)[name]
     if getattr(original, "_qhub", False):
         return

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qhub.errors import CheckpointError
 from qhub.formats import Format
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["entries_of_model", "publish", "save_quantized"]
+__all__ = ["entries_of_model", "name_shards", "publish", "save_quantized"]
 
 logger = logging.getLogger("qhub")
 
@@ -131,6 +131,21 @@ def write_companion(model: Any, folder: Path) -> None:
     if name is not None:
         values = model.hf_quantizer.quantization_config.to_dict()
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def name_shards(staging: Path, shards: Mapping[Path, list[str]]) -> None:
+    """Give weight files in ``staging``, each with the names of its tensors, their final names, and write the index."""
+    total = sum(file.stat().st_size for file in shards)
+    if len(shards) == 1:
+        next(iter(shards)).rename(staging / "model.safetensors")
+        return
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
+    for number, (file, names) in enumerate(shards.items(), 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file.rename(staging / final)
+        index["weight_map"] |= dict.fromkeys(names, final)
+    index["weight_map"] = dict(sorted(index["weight_map"].items()))
+    (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def publish(staging: Path, target: Path) -> None:

@@ -29,7 +29,7 @@ from qhub.integrations.transformers.folders import local_folder, model_class, we
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.workshops import FolderWorkshop
 
-__all__ = ["Streamed", "quantize_folder"]
+__all__ = ["Streamed", "open_on_disk", "quantize_folder"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def quantize_folder(
     # Before the files are mapped: pages that others mapped earlier are not its to give back.
     releaser = Releaser(files)
     try:
-        model = _open(folder, dtype, work / f"offload-{sharing.rank()}", device)
+        model = open_on_disk(folder, dtype, work / f"offload-{sharing.rank()}", device)
         quantizer = quantizer_for(method, False)(config, pre_quantized=False)
         quantizer.plan_for(model)
         if not quantizer.calibrates:
@@ -123,8 +123,11 @@ def _join_processes() -> None:
         PartialState()
 
 
-def _open(folder: Path, dtype: Any, offload: Path, device: torch.device) -> Any:
-    """Return the model with its blocks on the disk, everything else on ``device``."""
+def open_on_disk(folder: Path, dtype: Any, offload: Path, device: torch.device) -> Any:
+    """Return the model of ``folder`` with its blocks on the disk, everything else on ``device``.
+
+    Raises :class:`UnsupportedError` for a model without a list of blocks.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = model_class(config)
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from qhub.calibration.products import Key
 from qhub.calibration.report import LayerReport
 from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers.memory import Releaser
-from qhub.integrations.transformers.saving import entries_of_model, publish, write_companion
+from qhub.integrations.transformers.saving import entries_of_model, name_shards, publish, write_companion
 from qhub.integrations.transformers.weights import put_layers, set_tensor
 from qhub.layouts import Layout
 from qhub.layouts.transforms import with_input_scale
@@ -212,7 +212,7 @@ class FolderWorkshop:
             if block is not None:
                 self._drop(names)
             self._releaser.release()
-        self._name(staging, shards)
+        name_shards(staging, shards)
         self._configs(staging, report)
         publish(staging, out)
 
@@ -242,20 +242,6 @@ class FolderWorkshop:
         for name in names:
             # A quantized one still knows its layout there, which the model card counts.
             set_tensor(self._model, name, _leaf(self._model, name).detach().to("meta"))
-
-    def _name(self, staging: Path, shards: Mapping[Path, list[str]]) -> None:
-        """Give the shards their final names, and write the index if there are several."""
-        total = sum(file.stat().st_size for file in shards)
-        if len(shards) == 1:
-            next(iter(shards)).rename(staging / "model.safetensors")
-            return
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
-        for number, (file, names) in enumerate(shards.items(), 1):
-            final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            file.rename(staging / final)
-            index["weight_map"] |= dict.fromkeys(names, final)
-        index["weight_map"] = dict(sorted(index["weight_map"].items()))
-        (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _configs(self, staging: Path, report: CalibrationReport) -> None:
         model = self._model
