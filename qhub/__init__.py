@@ -17,6 +17,7 @@ from qhub.hookspecs import hookimpl
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec, MethodConfig
     from qhub.errors import QhubError
+    from qhub.integrations.peft.loftq import loftq_init
     from qhub.integrations.peft.merging import merge
     from qhub.integrations.transformers.quantize import quantize
     from qhub.kernels import explain
@@ -36,6 +37,7 @@ __all__ = [
     "Registry",
     "explain",
     "hookimpl",
+    "loftq_init",
     "merge",
     "plugins",
     "quantize",
@@ -51,6 +53,7 @@ _HOMES = {
     "QuantizedTensor": "qhub.tensor:QuantizedTensor",
     "Registry": "qhub.registry:Registry",
     "explain": "qhub.kernels.explanation:explain",
+    "loftq_init": "qhub.integrations.peft.loftq:loftq_init",
     "merge": "qhub.integrations.peft.merging:merge",
     "plugins": "qhub.registry:registry",
     "quantize": "qhub.integrations.transformers.quantize:quantize",

@@ -86,7 +86,7 @@ def _candidates(
     found = {}
     if grid in ("keep", "best"):
         found["keep"] = layout.encode(core, parts, "keep")
-        moved = layout.moved(core - old, parts)
+        moved = layout.moved(core - old, parts) if grid == "best" else None
         if moved is not None:
             found["zeros"] = layout.encode(core, moved, "keep")
     if grid in ("refit", "best"):

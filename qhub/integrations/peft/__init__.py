@@ -4,7 +4,10 @@ register.py   wraps a few methods of PEFT's base classes, once, when PEFT is imp
 layers.py     one tuner layer: merge and unmerge
 models.py     a whole model: checks before anything is changed, the report after it
 observing.py  what the layers take and what the model predicts, on a little text
-merging.py    one call for what PEFT's own take no arguments for
+merging.py    one call for what PEFT's own take no arguments for, for models and for folders
+streaming.py  a merge into a dense checkpoint, one block in memory
+loftq.py      LoRA's start at what quantizing lost
+low_rank.py   the decomposition that LoftQ needs
 """
 
 from qhub.integrations.peft.register import install

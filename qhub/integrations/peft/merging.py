@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qhub.errors import CheckpointError, ConfigError
+from qhub.errors import CheckpointError, ConfigError, UnsupportedError
 from qhub.merging import MergeReport, merging_with
 
 __all__ = ["attach", "merge", "merge_folder"]
@@ -44,9 +44,10 @@ def merge(
         return merge_folder(str(model), str(adapter), Path(out), dequantize=dequantize, **options)
     if out is not None or dequantize:
         raise ConfigError("out and dequantize are for merging from folder to folder: save a live model, dequantize it")
-    if not hasattr(model, "merge_and_unload") and adapter is None:
+    if not hasattr(model, "peft_config") and adapter is None:
         raise ConfigError(f"a {type(model).__name__} has no adapters: give one to merge")
-    adapted = model if adapter is None else attach(model, str(adapter))
+    adapted: Any = model if adapter is None else attach(model, str(adapter))
+    _check_weights(adapted, ", ".join(getattr(adapted, "peft_config", {})))
     with merging_with(**options):
         return adapted.merge_and_unload(adapter_names=adapter_names)
 
@@ -95,14 +96,26 @@ def merge_folder(
 def attach(model: Any, adapter: str) -> Any:
     """Return ``model`` with the adapter of the folder or repository ``adapter`` on it.
 
-    Raises :class:`CheckpointError` for one that does not fit the model, or is none; the model is as it was.
+    Raises :class:`CheckpointError` for one that does not fit the model, or is none, :class:`UnsupportedError` for one
+    that cannot be merged.
     """
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(model, adapter).eval()
+        adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"the adapter {adapter} cannot be put on this {type(model).__name__}: {error}. Name the model that it was "
             "trained on"
         ) from error
+    _check_weights(adapted, adapter)
+    return adapted
+
+
+def _check_weights(adapted: Any, adapter: str) -> None:
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = next(iter(getattr(adapted, "peft_config", {}).values()), None)
+        raise UnsupportedError(
+            f"the adapter {adapter} ({getattr(kind, 'peft_type', 'unknown')}) changes no weights, so there is nothing to "
+            "merge: keep it on top of the model"
+        )

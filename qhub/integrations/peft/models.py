@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qhub.errors import UnsupportedError
 from qhub.integrations.peft import layers
-from qhub.integrations.peft.observing import Observed, Text, inputs_of, observing, text_for
+from qhub.integrations.peft.observing import Observed, Text, inputs_of, observed, observing, text_for
 from qhub.merging import MergeReport, current_options
 
 __all__ = ["adapted_layers", "merge_adapter", "merge_and_unload", "new_checksums", "note_merged", "quantized_layers"]
@@ -53,7 +53,7 @@ def merge_adapter(
     hold NaN, or a weight cannot be written into.
     """
     found = quantized_layers(tuner.model)
-    if not found:
+    if not found or observed() is not None:
         original(adapter_names=adapter_names, safe_merge=safe_merge)
         return
     wanted = _wanted(found, adapter_names)
@@ -87,6 +87,8 @@ def merge_and_unload(
     hold NaN, or a weight cannot be written into.
     """
     arguments = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
+    if observed() is not None:
+        return original(**arguments)
     found = quantized_layers(tuner.model)
     if not found:
         if getattr(tuner, "_qhub_unloaded", False):

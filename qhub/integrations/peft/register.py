@@ -1,4 +1,4 @@
-"""Wraps the methods of PEFT's base classes that write into base weights: merge, unmerge and their kin.
+"""Wraps the methods of PEFT's base classes that write into base weights: merge, unmerge, and LoftQ's start.
 
 The wrapped methods do what they did wherever no quantized weight is concerned.
 """
@@ -6,7 +6,7 @@ The wrapped methods do what they did wherever no quantized weight is concerned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ["install"]
@@ -16,20 +16,38 @@ def install() -> None:
     """Wrap PEFT's tuner models and all tuner layers, those of classes to come included. Doing it twice is harmless."""
     from peft.tuners import tuners_utils
 
-    from qhub.integrations.peft import models
+    from qhub.integrations.peft import layers, loftq, models
 
-    _wrap(tuners_utils.BaseTuner, "merge_adapter", models.merge_adapter)
-    _wrap(tuners_utils.BaseTuner, "merge_and_unload", models.merge_and_unload)
-    base: Any = tuners_utils.BaseTunerLayer
-    for cls in _family(base):
-        _wrap_layer(cls)
-    if "__init_subclass__" not in vars(base):
+    # Which class has a method differs between versions of PEFT.
+    tuners = {
+        "merge_adapter": models.merge_adapter,
+        "merge_and_unload": models.merge_and_unload,
+        "inject_adapter": _inject,
+    }
+    _wrap_family(tuners_utils.BaseTuner, tuners)
+    adapted = {"merge": layers.merge, "unmerge": layers.unmerge, "loftq_init": loftq.init_layer}
+    _wrap_family(tuners_utils.BaseTunerLayer, adapted)
 
-        def __init_subclass__(cls: Any, **kwargs: Any) -> None:
-            super(base, cls).__init_subclass__(**kwargs)
-            _wrap_layer(cls)
 
-        base.__init_subclass__ = classmethod(__init_subclass__)
+def _wrap_family(base: Any, replacements: Mapping[str, Any]) -> None:
+    """Wrap the methods of ``base`` and of all its subclasses, now and later."""
+    if "_qhub_wrapped" in vars(base):
+        return
+    base._qhub_wrapped = True
+
+    def wrap(cls: Any) -> None:
+        for name, replacement in replacements.items():
+            if name in vars(cls):
+                _wrap(cls, name, replacement)
+
+    for cls in (base, *_family(base)):
+        wrap(cls)
+
+    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        wrap(cls)
+
+    base.__init_subclass__ = classmethod(__init_subclass__)
 
 
 def _family(base: Any) -> Iterator[Any]:
@@ -38,12 +56,11 @@ def _family(base: Any) -> Iterator[Any]:
         yield from _family(cls)
 
 
-def _wrap_layer(cls: Any) -> None:
-    from qhub.integrations.peft import layers
+def _inject(tuner: Any, original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    from qhub.integrations.peft import loftq
 
-    for name in ("merge", "unmerge"):
-        if name in vars(cls):
-            _wrap(cls, name, getattr(layers, name))
+    with loftq.injecting(model):
+        return original(model, *args, **kwargs)
 
 
 def _wrap(cls: Any, name: str, replacement: Any) -> None:

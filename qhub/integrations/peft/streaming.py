@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import core_model_loading as host
 
 from qhub.calibration.stacks import find_stacks
-from qhub.errors import UnsupportedError
 from qhub.integrations.peft import layers, models
 from qhub.integrations.peft.observing import Observed, observing
 from qhub.integrations.transformers.folders import model_class, weight_files
@@ -112,19 +111,17 @@ def _leaf(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _merge(source: Any, adapter: str, staging: Path) -> MergeReport:
+def _merge(source: _Packed | _Files, adapter: str, staging: Path) -> MergeReport:
     from qhub.integrations.peft.merging import attach
 
-    model = source.model
+    model: Any = source.model
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     stacks = find_stacks(model, [name for name, parameter in model.named_parameters() if parameter.ndim >= 2])
     blocks = [block for stack in stacks for block in stack.blocks]
     units = [[name for name in names if name.startswith(f"{block}.")] for block in blocks]
     inside = {name for unit in units for name in unit}
     units.append([name for name in names if name not in inside])
-    tuner = attach(model, adapter).base_model
-    if not hasattr(tuner, "_replace_module"):
-        raise UnsupportedError(f"adapter {adapter} changes no weights (a prompt, for example): it cannot be merged")
+    tuner: Any = attach(model, adapter).base_model
     found = models.adapted_layers(tuner.model)
     for layer, name in found.items():
         layers.check(layer, None, name)
@@ -159,13 +156,14 @@ def _unload(tuner: Any, block: str | None, blocks: list[str]) -> list[str]:
             continue
         if not hasattr(module, "unload_and_optionally_merge_module") and not hasattr(module, "base_layer"):
             continue
-        parent, target, local = _get_submodules(tuner.model, name)
-        if hasattr(target, "unload_and_optionally_merge_module"):
-            target = target.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            tuner._replace_module(parent, local, target, module)
+        parent, _, local = _get_submodules(tuner.model, name)
+        layer: Any = module
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
-            target.merge()
-            tuner._replace_module(parent, local, target.get_base_layer(), target)
+            layer.merge()
+            plain = layer.get_base_layer()
+        tuner._replace_module(parent, local, plain, layer)
         done.append(name)
     return done
 
