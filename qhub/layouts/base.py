@@ -103,11 +103,15 @@ class Layout(ABC):
         """Return the parts of the matrices ``parts`` on top of each other; None when that is not exact."""
 
     def columns(self, parts: Parts) -> Columns | None:
-        """Return what rounds single columns of one stored matrix under the scales of ``parts``, unbatched.
+        """Return what rounds one stored matrix, unbatched, a few columns at a time under the scales of ``parts``.
 
-        None where a weight has no code of its own.
+        None where the layout cannot.
         """
         return None
+
+    def parts_of_columns(self, columns: Any, values: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return the codes for ``values`` (N, K), every column of which ``columns`` of :meth:`columns` rounded."""
+        return self.nearest(values, parts)
 
     def moved(self, update: Tensor, parts: Parts) -> dict[str, Tensor] | None:
         """Return parts whose grid has moved by the mean of ``update`` (N, K) in each group, codes left as they are.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
+from qhub.layouts.columns import BlockColumns
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
@@ -170,6 +172,33 @@ class Codebook(Layout):
             codes = self._search(blocks, books, old)
         result["codes"] = codes.to(self.code_dtype)
         return result
+
+    def columns(self, parts: Parts) -> BlockColumns:
+        scales = scale_values("scales", self.scale_shape, self.scales_nested, parts).float()
+        scale = self.grid.expand(scales, self.out_features, self.in_features)
+        slice_of = dataclasses.replace(self, in_features=self.in_group, grid=Grid.along_k(1), scales_nested=None)
+
+        def search(column: int, values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            block = column // self.in_group
+            own = {
+                "codes": parts["codes"][:, block : block + 1],
+                "codebooks": parts["codebooks"],
+                "scales": scale[:, column : column + self.in_group],
+            }
+            found = slice_of.nearest(values, own)
+            if self.signs:
+                bits = unpack(found.pop("signs"), 1, self.in_group)
+                return {**found, "signs": bits}, slice_of.decode({**own, **found, "signs": pack(bits, 1)})
+            return found, slice_of.decode({**own, **found})
+
+        return BlockColumns(self.in_group, search)
+
+    def parts_of_columns(self, columns: Any, values: Tensor, parts: Parts) -> dict[str, Tensor]:
+        blocks = [columns.found[column] for column in sorted(columns.found)]
+        written = {"codes": torch.cat([block["codes"] for block in blocks], dim=-2)}
+        if self.signs:
+            written["signs"] = pack(torch.cat([block["signs"] for block in blocks], dim=-1), 1)
+        return written
 
     def _search(self, blocks: Tensor, books: Tensor, old: Tensor) -> Tensor:
         """Return codes (..., C) int64 for ``blocks`` (..., out_group * in_group), ``old`` being those they have now."""

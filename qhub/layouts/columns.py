@@ -1,21 +1,31 @@
-"""Rounds single columns of a matrix to a given grid: for layouts in which every weight has a code of its own."""
+"""Rounds a matrix to a given grid column by column, or as many columns at a time as share codes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CastColumns", "Columns", "TableColumns", "UniformColumns"]
+__all__ = ["BlockColumns", "CastColumns", "Columns", "TableColumns", "UniformColumns"]
 
 
 class Columns(Protocol):
-    """Rounds columns of the stored matrix (transforms taken off) under the scales that it has."""
+    """Rounds columns of the stored matrix (transforms taken off) under the scales that it has.
+
+    ``width``: how many columns are rounded together; it divides K.
+    """
+
+    @property
+    def width(self) -> int: ...
 
     def nearest(self, column: int, values: Tensor) -> Tensor:
-        """Return what the codes nearest to ``values`` (N,) float32 stand for in column ``column``."""
+        """Return what the codes nearest to ``values`` stand for in columns from ``column`` on, each visited once.
+
+        ``values``: float32, (N,) where the width is 1, else (width, N); so is what is returned.
+        """
         ...
 
 
@@ -27,6 +37,7 @@ class UniformColumns:
     zero: Tensor | float
     low: float
     high: float
+    width: int = 1
 
     def nearest(self, column: int, values: Tensor) -> Tensor:
         scale = self.scale[column]
@@ -42,6 +53,7 @@ class TableColumns:
 
     scale: Tensor
     table: Tensor
+    width: int = 1
 
     def nearest(self, column: int, values: Tensor) -> Tensor:
         scale, table = self.scale[column], self.table
@@ -55,8 +67,26 @@ class CastColumns:
 
     scale: Tensor
     dtype: torch.dtype
+    width: int = 1
 
     def nearest(self, column: int, values: Tensor) -> Tensor:
         scale, limit = self.scale[column], torch.finfo(self.dtype).max
         ratio = (values / torch.where(scale == 0, torch.ones_like(scale), scale)).clamp_(-limit, limit)
         return ratio.to(self.dtype).float() * scale
+
+
+class BlockColumns:
+    """Rounds columns that share codes, and remembers the codes, which the values alone would not tell again.
+
+    ``search``: takes the first column and values (N, width), and gives the parts that these columns have then, codes
+    on their block axis, and what they stand for, (N, width).
+    """
+
+    def __init__(self, width: int, search: Callable[[int, Tensor], tuple[dict[str, Tensor], Tensor]]) -> None:
+        self.width = width
+        self.found: dict[int, dict[str, Tensor]] = {}
+        self._search = search
+
+    def nearest(self, column: int, values: Tensor) -> Tensor:
+        self.found[column], stand_for = self._search(column, values.t().contiguous())
+        return stand_for.t()

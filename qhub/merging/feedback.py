@@ -1,9 +1,9 @@
 """Rounds a matrix to a grid so that its products stay right, not its entries.
 
-One input feature after the other is rounded, and what that changes in the output is made up for, as far as inputs are
-correlated, by the features that are not rounded yet (the optimal brain quantizer with a fixed order: Frantar et al.
-2022, "GPTQ", algorithm 1; Chee et al. 2023, "QuIP", section 3 show it to be the best of its kind). The grid is given:
-scales stay what they are, so any layout that rounds its weights one by one can take part.
+One input feature after the other (or as many as share codes) is rounded, and what that changes in the output is made up
+for, as far as inputs are correlated, by the features that are not rounded yet (the optimal brain quantizer with a fixed
+order: Frantar et al. 2022, "GPTQ", algorithm 1; Chee et al. 2023, "QuIP", section 3 show it to be the best of its
+kind). The grid is given: scales stay what they are, so it serves any layout that can round a few columns by themselves.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def spread_errors(target: Tensor, inputs: Tensor, columns: Columns) -> Tensor:
     """
     work = target.t().contiguous()
     values = torch.empty_like(work)
-    for start in range(0, work.shape[0], _WIDEST):
-        stop = min(start + _WIDEST, work.shape[0])
+    widest = _WIDEST // columns.width * columns.width
+    for start in range(0, work.shape[0], widest):
+        stop = min(start + widest, work.shape[0])
         factor = _factor(inputs[:, start:stop])
         if factor is None:
-            for column in range(start, stop):
-                values[column] = columns.nearest(column, work[column])
+            for column in range(start, stop, columns.width):
+                here = slice(column, column + columns.width) if columns.width > 1 else column
+                values[here] = columns.nearest(column, work[here])
         else:
             _solve(work[start:stop], values[start:stop], factor, columns, start)
     return values.t()
@@ -64,15 +66,22 @@ def _factor(inputs: Tensor) -> Tensor | None:
 
 def _solve(work: Tensor, values: Tensor, factor: Tensor, columns: Columns, offset: int) -> None:
     """Fill in ``values`` (K, N) from ``work`` (K, N), which is used up; both begin at feature ``offset``."""
-    features = work.shape[0]
-    for start in range(0, features, _BLOCK):
-        stop = min(start + _BLOCK, features)
+    features, width = work.shape[0], columns.width
+    block = _BLOCK // width * width or width
+    for start in range(0, features, block):
+        stop = min(start + block, features)
         errors = work.new_empty(stop - start, work.shape[1])
-        for feature in range(start, stop):
-            values[feature] = columns.nearest(offset + feature, work[feature])
-            error = errors[feature - start]
-            torch.sub(work[feature], values[feature], out=error).div_(factor[feature, feature])
-            if feature + 1 < stop:
-                work[feature + 1 : stop].addr_(factor[feature, feature + 1 : stop], error, alpha=-1)
+        for first in range(start, stop, width):
+            last = first + width
+            error = errors[first - start : last - start]
+            if width == 1:
+                values[first] = columns.nearest(offset + first, work[first])
+                torch.sub(work[first], values[first], out=error[0]).div_(factor[first, first])
+            else:
+                values[first:last] = columns.nearest(offset + first, work[first:last])
+                off = work[first:last] - values[first:last]
+                error.copy_(torch.linalg.solve_triangular(factor[first:last, first:last].t(), off, upper=False))
+            if last < stop:
+                work[last:stop].addmm_(factor[first:last, last:stop].t(), error, alpha=-1)
         if stop < features:
             work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)

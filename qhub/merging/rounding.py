@@ -72,7 +72,7 @@ def round_onto(
     if columns is None or teach is None:
         return best
     values = spread_errors(core, teach, columns)
-    written = {**best.parts, **layout.nearest(values, best.parts)}
+    written = {**best.parts, **layout.parts_of_columns(columns, values, best.parts)}
     error = measure.error(layout.decode(written))
     return Rounded(written, best.grid, True, update, error, rows) if error < best.error else best
 

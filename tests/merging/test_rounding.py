@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhub.layouts import Affine, Float8, Grid, Layout, Lookup, Nested, Transform
+from qhub.layouts import Affine, Codebook, Float8, Grid, Layout, Lookup, Nested, Transform
 from qhub.merging.feedback import spread_errors
 from qhub.merging.rounding import round_onto
 
@@ -33,6 +33,8 @@ def _layouts(features: int = K) -> dict[str, Layout]:
         ),
         "lookup": Lookup(**size, grid=groups),
         "lookup-flat": Lookup(**size, grid=Grid("flat", 1, 48)),
+        "codebook": Codebook(**size, nbits=(6, 6), out_group=1, in_group=8, grid=Grid("block", 1, features)),
+        "codebook-signs": Codebook(**size, nbits=(7,), out_group=1, in_group=4, grid=groups, signs=True),
         "float8": Float8(**size, grid=Grid("block", 8, 32)),
     }
 
@@ -46,6 +48,10 @@ def _stored(layout: Layout, seed: int = 0) -> tuple[torch.Tensor, dict[str, torc
         parts[name] = torch.zeros(spec.shape).to(dtype)
     if "table" in parts:
         parts["table"] = TABLE.clone()
+    if "codebooks" in parts:
+        parts["codebooks"] = torch.randn(parts["codebooks"].shape, generator=generator)
+        parts["codebooks"] = parts["codebooks"].abs() if "signs" in parts else parts["codebooks"]
+        parts["scales"] = torch.ones(parts["scales"].shape)
     for transform in layout.transforms:
         if transform.kind == "permute":
             parts[transform.part] = torch.randperm(layout.in_features, generator=generator).to(
@@ -75,11 +81,15 @@ def test_columns_round_as_the_layout_does(name: str, seed: int) -> None:
     wanted = torch.randn(N, K, generator=torch.Generator().manual_seed(seed + 1))
     columns = layout.columns(parts)
     assert columns is not None
-    got = torch.stack([columns.nearest(k, wanted[:, k].contiguous()) for k in range(K)], dim=1)
+    width = columns.width
+    slices = [k if width == 1 else slice(k, k + width) for k in range(0, K, width)]
+    got = torch.cat(
+        [columns.nearest(k, wanted.t()[at]).reshape(width, N) for k, at in zip(range(0, K, width), slices, strict=True)]
+    ).t()
     whole = layout.decode({**parts, **layout.nearest(wanted, parts)})
     # Between two codes either is right: compare how far each is, with room for float32's rounding of the quotient.
     assert torch.allclose((got - wanted).abs(), (whole - wanted).abs(), atol=2e-6 * float(wanted.abs().max()))
-    on_grid = layout.decode({**parts, **layout.nearest(got, parts)})
+    on_grid = layout.decode({**parts, **layout.parts_of_columns(columns, got, parts)})
     assert torch.allclose(on_grid, got, atol=1e-6 * float(got.abs().max()))
 
 
@@ -113,6 +123,23 @@ def test_spread_errors_keep_a_small_update_in_the_output(name: str) -> None:
     plain = (fresh @ (nearest - target.double()).T).norm()
     assert left < 0.7 * plain and left < 0.7 * lost
     layout.validate(found.parts)
+
+
+@pytest.mark.parametrize("name", ["codebook", "codebook-signs"])
+def test_vectors_spread_their_errors_too(name: str) -> None:
+    """New values on old codebooks: the output is nearer than with the nearest vectors, and the codes say the same."""
+    layout = _layouts(512)[name]
+    weight, parts = _stored(layout)
+    target = weight + 0.5 * torch.randn(N, 512, generator=torch.Generator().manual_seed(6))
+    seen = _inputs(512, 512)
+    columns = layout.columns(parts)
+    values = spread_errors(target, seen[:256], columns)
+    written = {**parts, **layout.parts_of_columns(columns, values, parts)}
+    layout.validate(written)
+    assert torch.allclose(layout.dequantize(written), values, atol=1e-5)
+    nearest = layout.dequantize(layout.requantize(target, parts, "keep"))
+    spread, plain = (float((seen[256:] @ (one - target).T).norm()) for one in (values, nearest))
+    assert spread < 0.5 * plain
 
 
 def test_without_inputs_the_error_is_the_weights() -> None:

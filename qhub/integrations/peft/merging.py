@@ -114,8 +114,7 @@ def attach(model: Any, adapter: str) -> Any:
 
 def _check_weights(adapted: Any, adapter: str) -> None:
     if not hasattr(adapted, "merge_and_unload"):
-        kind = next(iter(getattr(adapted, "peft_config", {}).values()), None)
         raise UnsupportedError(
-            f"the adapter {adapter} ({getattr(kind, 'peft_type', 'unknown')}) changes no weights, so there is nothing to "
-            "merge: keep it on top of the model"
+            f"the adapter {adapter} changes no weights (it is a prompt, or the like), so there is nothing to merge: "
+            "keep it on top of the model"
         )
