@@ -63,6 +63,8 @@ def merge_policy() -> AdapterPolicy:
         update    1 %    3 %    10 %   30 %
         lost      1.0    3.0    9.7    22.4 %
 
-    An update of some percent, which is what fine-tuning gives, is lost altogether: keep such an adapter unmerged.
+    Rounded to nearest, as by ``weight.copy_``, an update of some percent, which is what fine-tuning gives, is lost
+    altogether. Adapters that are merged through PEFT have their rounding errors spread by the layer's inputs
+    (:mod:`qhub.merging.rounding`).
     """
     return AdapterPolicy(grid="best")

@@ -109,7 +109,9 @@ def exclusions_of(config: Any) -> dict[str, re.Pattern[str]]:
 def merge_policy() -> AdapterPolicy:
     """Return how an update is written: on the old grid or on a refitted one, whichever is nearer to the new values.
 
-    An update far under the grid's own step (some 7 % of a group's largest weight) is lost: keep such an adapter
-    unmerged. Input scales stay as they are; the update is divided by them.
+    Rounded to nearest, as by ``weight.copy_``, an update far under the grid's own step (some 7 % of a group's largest
+    weight) is lost. Adapters that are merged through PEFT have their rounding errors spread by the layer's inputs
+    (:mod:`qhub.merging.rounding`), which keeps most of them. Input scales stay as they are; the update is divided by
+    them.
     """
     return AdapterPolicy(grid="best")

@@ -22,7 +22,7 @@ def policy() -> AdapterPolicy:
     ======  ========  =========  =========  ==========
 
     Quantizing afresh, as transformers with bitsandbytes merges, is the refit column. An update of 1 % moves next to no
-    weight over half a step of a 4-bit grid, so any rounding to nearest loses it: keep such an adapter, or merge it
-    into the dense model.
+    weight over half a step of a 4-bit grid, so any rounding to nearest loses it. Adapters that are merged through PEFT
+    have their rounding errors spread by the layer's inputs (:mod:`qhub.merging.rounding`), which keeps most of them.
     """
     return AdapterPolicy(grid="best")

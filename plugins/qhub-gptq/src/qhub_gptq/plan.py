@@ -73,6 +73,7 @@ def merge_policy() -> AdapterPolicy:
         3 asym, 128    19.4 %          1.00 / 1.00 %                        9.80 / 9.76 %
         2 asym, 32     33.7 %          1.00 / 0.98 %                        9.95 / 9.79 %
 
-    Below 8 bits an update far under the grid's own step is lost: keep such an adapter unmerged.
+    That is rounding to nearest, all that ``weight.copy_`` can do. Adapters that are merged through PEFT have their
+    rounding errors spread by the layer's inputs (:mod:`qhub.merging.rounding`), which keeps most of them.
     """
     return AdapterPolicy(grid="best")

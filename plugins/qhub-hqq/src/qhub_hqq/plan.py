@@ -91,7 +91,9 @@ def merge_policy() -> AdapterPolicy:
         3     18.6 %            1.00 / 1.04 / 1.09 %                            9.78 / 9.64 / 10.11 %
 
     So an update far below the grid's own step (1 %) is lost: the nearest codes stay what they were, and a new grid adds
-    more noise than the update is large. Keep such an adapter unmerged, or merge it before quantizing. Solving the
-    half-quadratic problem again is no better than a refit.
+    more noise than the update is large. Solving the half-quadratic problem again is no better than a refit.
+
+    That is rounding to nearest, all that ``weight.copy_`` can do. Adapters that are merged through PEFT have their
+    rounding errors spread by the layer's inputs (:mod:`qhub.merging.rounding`), which keeps most of them.
     """
     return AdapterPolicy(grid="best")
