@@ -1,4 +1,4 @@
-"""Checks that LoRA trains on the quantized model, merges into it, and that the merged model saves and reloads."""
+"""Checks that LoRA trains on the quantized model, merges into it and out of it, and that the result reloads."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ class AdapterChecks(KitBase):
         moved = [name for name, one in after.items() if not torch.equal(one.dequantize(torch.float32), before[name])]
         assert not moved, f"training an adapter changed {moved}"
 
+    def test_lora_unmerges_bit_by_bit(self, single: Subject, bench: Workbench) -> None:
+        """merge_adapter changes codes or scales, unmerge_adapter gives them back, and the logits with them."""
+        tuned, _ = self._trained(single, bench)
+        if {w.policy.refuse for w in quantized_weights(tuned).values()} - {None}:
+            pytest.skip(f"{self.method} refuses merges")
+        before = {name: weight.clone() for name, weight in quantized_weights(tuned).items()}
+        expected = bench.logits(tuned)
+        tuned.merge_adapter()
+        assert any(not _same(weight, before[name]) for name, weight in quantized_weights(tuned).items())
+        tuned.unmerge_adapter()
+        changed = [name for name, weight in quantized_weights(tuned).items() if not _same(weight, before[name])]
+        assert not changed, f"unmerging left other codes in {changed}"
+        assert torch.equal(bench.logits(tuned), expected)
+
     def test_lora_merges_and_reloads(self, single: Subject, bench: Workbench) -> None:
         """merge_and_unload writes the adapter into the quantized weights; the logits survive saving and reloading."""
         tuned, losses = self._trained(single, bench)
@@ -77,3 +91,12 @@ class AdapterChecks(KitBase):
         again = bench.load(folder)
         assert set(quantized_weights(again)) == names
         assert torch.equal(bench.logits(again), expected), "the merged model's logits change on the way through a file"
+
+
+def _same(one: Any, other: Any) -> bool:
+    # As bytes: torch compares no 8-bit floats.
+    return all(torch.equal(_bytes(part), _bytes(other.parts[name])) for name, part in one.parts.items())
+
+
+def _bytes(part: torch.Tensor) -> torch.Tensor:
+    return part.detach().cpu().contiguous().view(-1).view(torch.uint8)
