@@ -139,6 +139,42 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(doclm, tmp_path, wanted)
     assert resumed > 0
 
 
+def test_ctrl_c_says_how_to_go_on_and_going_on_ends_with_the_same_bytes(doclm, tmp_path):
+    from typer.testing import CliRunner
+
+    from qhub.cli.app import app
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps(f"The {number} files of a folder are listed by ls. " * 30) + "\n" for number in range(8))
+    )
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    command = ["quantize", str(doclm), "-m", "gptq", "--bits", "4", "--dataset", str(texts), "--length", "64", "-o"]
+    # A shell that starts pytest in the background makes it ignore the signal, which its children would inherit.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qhub", *command, str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and not list(work.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert f"interrupted: finished blocks are kept in {work}; the same command goes on from there" in said
+    assert not out.exists()
+    finished = len(list(work.glob("*.safetensors")))
+    assert 1 <= finished < 4
+    resumed = CliRunner().invoke(app, [*command, str(out)])
+    assert resumed.exit_code == 0 and f"going on with what {work} holds" in resumed.output
+    assert not work.exists()
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "whole")]).exit_code == 0
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 def test_two_processes_give_the_result_of_one(watched, tiny, tokens, tmp_path):
     settings = {"data": tokens(count=8, length=48), "device": "cpu", "batch_size": 2}
     one = finish(start(tiny("llama"), tmp_path / "one", settings))

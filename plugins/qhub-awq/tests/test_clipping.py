@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from qhub_awq import clipping
 from qhub_awq.clipping import levels_of, quantize, refine, search_grids
 from qhub_awq.rounding import Levels, block_diagonal, cost, prepared
 from torch import Tensor
@@ -111,6 +112,28 @@ def test_no_row_ends_worse_than_it_began(levels: Levels) -> None:
     assert float(after.sum()) < 0.9 * float(before.sum())
     assert bool((zeros == zeros.round()).all())
     assert torch.equal(scales, scales.half().float())
+
+
+@pytest.mark.parametrize("levels", [Levels(), Levels(zero=8)], ids=["zeros", "symmetric"])
+@pytest.mark.parametrize("at_once", [4, 27])
+def test_candidates_tried_together_give_the_same(monkeypatch: pytest.MonkeyPatch, levels: Levels, at_once: int) -> None:
+    w, hessian = _weight(200, 64).unflatten(-1, (-1, GROUP)), _hessian(64)
+    start = search_grids(w, hessian, levels)
+    one_by_one = refine(w, hessian, levels, *start)
+    monkeypatch.setattr(clipping, "_candidates_at_once", lambda w: at_once)
+    together = refine(w, hessian, levels, *start)
+    # Sums in another order: candidates whose costs differ by less than that may change places.
+    same = (one_by_one[0] == together[0]) & (one_by_one[1] == together[1])
+    assert int(same.all(1).sum()) >= 196
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("zero", ["value", "constant"])
+def test_a_gpu_finds_what_a_cpu_finds(zero: str) -> None:
+    weight, hessian, layout = _weight(200, 64), _hessian(64), _layout(200, 64, zero)
+    here = quantize(weight, layout, {"hessian": hessian})
+    there = quantize(weight.cuda(), layout, {"hessian": hessian.cuda()})
+    assert int((here["scales"] == there["scales"].cpu()).all(1).sum()) >= 190
 
 
 @pytest.mark.parametrize("zero", ["value", "constant", "offset"])

@@ -34,8 +34,9 @@ _SWEEPS: Sequence[tuple[Sequence[float], Sequence[int]]] = (
 )
 # How often a scale is fitted to the codes it leads to, per group and sweep.
 _FITS = 2
-# Weights handled at a time: temporaries of 2 MB on a CPU, whose caches they stay near; a GPU wants large pieces.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 24
+# Weights handled at a time: temporaries of 2 MB on a CPU, whose caches they stay near; a GPU, which small pieces leave
+# idle, takes 256 MB, and in a sweep as many candidates of a group together as fit in that.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
 
 def quantize(weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,16 +107,23 @@ def refine(w: Tensor, hessian: Tensor, levels: Levels, scales: Tensor, zeros: Te
     scales, zeros = scales.clone(), zeros.clone()
     errors = levels.error(w, scales, zeros)
     for factors, steps in _SWEEPS:
+        around = _candidates(factors, steps if levels.zero is None else (0,), w.device)
         for index in range(count):
             columns = slice(index * group, (index + 1) * group)
             own = hessian[columns, columns]
             pull = errors.reshape(n, -1) @ hessian[:, columns] - errors[:, index] @ own
             choice = _Choice(w[:, index], own, pull, levels, scales[:, index], zeros[:, index])
-            choice.try_around(factors, steps)
+            choice.try_around(*around)
             for _ in range(_FITS):
                 choice.try_fitted()
             scales[:, index], zeros[:, index], errors[:, index] = choice.scale, choice.zero, choice.error
     return scales, zeros
+
+
+def _candidates(factors: Sequence[float], steps: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return every pair of a factor of the scale and a step of the zero, (pairs, 1, 1) float32 each."""
+    pairs = torch.tensor([(factor, step) for step in steps for factor in factors], device=device)
+    return pairs[:, 0, None, None], pairs[:, 1, None, None]
 
 
 class _Choice:
@@ -135,20 +143,28 @@ class _Choice:
         return ((error @ self.own).add_(self.pull, alpha=2).mul_(error)).sum(-1, keepdim=True)
 
     def _take(self, scale: Tensor, zero: Tensor) -> None:
+        """Take ``scale`` and ``zero`` over where they cost less: (N, 1), or (candidates, N, 1) of which the first of
+        the cheapest counts."""
         scale = self.levels.stored(scale)
         error = self.levels.error(self.w, scale, zero)
         found = self._cost(error)
+        if scale.ndim > self.scale.ndim:
+            first = found.argmin(0, keepdim=True)
+            found, scale, zero = (value.gather(0, first)[0] for value in (found, scale, zero))
+            error = error.gather(0, first.expand(-1, *error.shape[1:]))[0]
         better = found < self.best
         self.best = torch.where(better, found, self.best)
         self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
         self.error = torch.where(better, error, self.error)
 
-    def try_around(self, factors: Sequence[float], steps: Sequence[int]) -> None:
-        """Try multiples of the scale, each with zeros around the present one."""
+    def try_around(self, factors: Tensor, steps: Tensor) -> None:
+        """Try multiples of the scale with zeros around the present one: (candidates, 1, 1) each."""
         scale, zero = self.scale, self.zero
-        for step in steps if self.levels.zero is None else (0,):
-            for factor in factors:
-                self._take(scale * factor, (zero + step).clamp(0, self.levels.top))
+        at_once = _candidates_at_once(self.w)
+        for some, moves in zip(factors.split(at_once), steps.split(at_once), strict=True):
+            if at_once == 1:
+                some, moves = some[0], moves[0]
+            self._take(scale * some, (zero + moves).clamp(0, self.levels.top))
 
     def try_fitted(self) -> None:
         """Try the scale with the least cost for the present codes: (w H v - pull v) / (v H v) with v = code - zero."""
@@ -159,6 +175,10 @@ class _Choice:
         scale = slope / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
         # A group of zeros has no such scale, and one much smaller belongs to other codes.
         self._take(torch.where(scale > self.scale * 0.5, scale, self.scale), self.zero)
+
+
+def _candidates_at_once(w: Tensor) -> int:
+    return 1 if w.device.type == "cpu" else max(1, _GPU_CHUNK // w.numel())
 
 
 def _pieces(n: int, k: int, device: torch.device) -> Iterator[slice]:

@@ -11,6 +11,8 @@ Files::
     hessian.py      the input's second moments: damping, order, factor
     grids.py        scales and zeros
     solver.py       GPTQ itself
+    fused.py        whether a GPU has kernels for the innermost loops of solver.py and refine.py
+    fused_kernels.py  those kernels, in Triton
     refine.py       the quality option's coordinate descent
     words.py        strings of bits in 32-bit words, and the zeros of format v1
     order.py        group indices (act-order) to and from permutations

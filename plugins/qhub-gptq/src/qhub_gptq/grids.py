@@ -6,6 +6,7 @@ rounded to float16, the dtype of the file, before any code is chosen.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ _SMALLEST, _LARGEST = 2.0**-24, 65504.0
 # Fractions of a group's range that the search tries as the grid's width: 40, evenly spaced. Above 1, because a grid a
 # little wider than the range can lie better.
 _WIDEST, _NARROWEST, _STEPS = 1.05, 0.3, 40
+# Rounded weights that a GPU holds at a time, 300 MB: all 40 widths of most groups together, as small pieces leave it
+# idle. A CPU takes one width after the other, which stays in its caches.
+_GPU_PIECE = 40 * 128 * 14336
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,15 @@ def searched(weight: Tensor, importance: Tensor, codes: Codes) -> tuple[Tensor, 
     widest = 2 * torch.maximum(high, -low) if codes.symmetric else high - low
     widest = _nonzero(widest) / codes.largest
     middle = (low + high) / 2
+    shares = _shares(weight.device, weight.dtype)
     scale = zero = torch.zeros_like(widest)
     least = torch.full_like(widest, torch.inf)
-    rounded, error = torch.empty_like(weight), torch.empty_like(weight)
-    for step in range(_STEPS):
-        tried = stored(widest * (_WIDEST - (_WIDEST - _NARROWEST) * step / (_STEPS - 1)))
+    at_once = _widths_at_once(weight)
+    if at_once > 1:
+        shares, weight = shares.view(-1, at_once, 1), weight[:, None].expand(-1, at_once, -1)
+    rounded, error = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+    for some in shares:
+        tried = stored(widest * some)
         inverse = 1 / tried
         if codes.symmetric:
             zeros = [torch.full_like(tried, codes.middle)]
@@ -88,11 +96,30 @@ def searched(weight: Tensor, importance: Tensor, codes: Codes) -> tuple[Tensor, 
             torch.mul(weight, inverse, out=rounded).round_()
             torch.clamp(rounded, -one, codes.largest - one, out=rounded)
             torch.addcmul(weight, rounded, tried, value=-1, out=error).square_()
-            cost = importance @ error
+            cost = (importance @ error.flatten(1)).view_as(tried)
+            kept, centre = tried, one
+            if at_once > 1:
+                # Of equal costs the first, which one width after the other would find too.
+                first = cost.argmin(0, keepdim=True)
+                cost, kept, centre = (value.gather(0, first)[0] for value in (cost, tried, one))
             better = cost < least
             least = torch.where(better, cost, least)
-            scale, zero = torch.where(better, tried, scale), torch.where(better, one, zero)
+            scale, zero = torch.where(better, kept, scale), torch.where(better, centre, zero)
     return scale, zero
+
+
+@functools.cache
+def _shares(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the fractions (steps,) that are tried; made once, as a GPU would wait for each copy."""
+    shares = [_WIDEST - (_WIDEST - _NARROWEST) * step / (_STEPS - 1) for step in range(_STEPS)]
+    return torch.tensor(shares, device=device, dtype=dtype)
+
+
+def _widths_at_once(weight: Tensor) -> int:
+    """Return how many widths are tried at a time, a divisor of their number."""
+    if weight.device.type == "cpu":
+        return 1
+    return max((n for n in range(1, _STEPS + 1) if _STEPS % n == 0 and n * weight.numel() <= _GPU_PIECE), default=1)
 
 
 def _nonzero(width: Tensor) -> Tensor:

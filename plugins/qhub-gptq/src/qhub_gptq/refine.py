@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qhub_gptq.fused import fused_kernels
 from qhub_gptq.grids import stored
 
 __all__ = ["refine"]
@@ -60,19 +61,32 @@ def _group(hessian: Tensor, gradient: Tensor, codes: Tensor, scale: Tensor, zero
     gradient -= (fitted - scale) * curved
     scale.copy_(fitted)
     inverse, low, high = 1 / scale, -zero, largest - zero
-    rates = (1 / hessian.diagonal()).tolist()
-    code = torch.empty_like(scale)
+    kernels = fused_kernels(scale.device, scale.dtype)
+    leaf = _leaf if kernels is None else kernels.descent
     for first in range(0, codes.shape[0], _LEAF):
         last = min(first + _LEAF, codes.shape[0])
         moved = torch.empty_like(codes[first:last])
-        for i, k in enumerate(range(first, last)):
-            slope = gradient[k]
-            if i:
-                torch.addmv(slope, moved[:i].t(), hessian[k, first:k], alpha=-1, out=slope)
-            torch.addcmul(codes[k], slope, inverse, value=rates[k], out=code).round_()
-            torch.clamp(code, low, high, out=code)
-            torch.sub(code, codes[k], out=moved[i]).mul_(scale)
-            codes[k] = code
+        leaf(
+            gradient[first:last], hessian[first:last, first:last], codes[first:last], moved,
+            scale, inverse, low, high,
+        )  # fmt: skip
         if last < codes.shape[0]:
             gradient[last:].addmm_(hessian[last:, first:last], moved, alpha=-1)
     return codes * scale - before
+
+
+def _leaf(
+    gradient: Tensor, hessian: Tensor, codes: Tensor, moved: Tensor,
+    scale: Tensor, inverse: Tensor, low: Tensor, high: Tensor,
+) -> None:  # fmt: skip
+    """Improve the ``codes`` (features, rows) of a few features in place; ``moved``: the change of their weights."""
+    rates = (1 / hessian.diagonal()).tolist()
+    code = torch.empty_like(scale)
+    for k, rate in enumerate(rates):
+        slope = gradient[k]
+        if k:
+            torch.addmv(slope, moved[:k].t(), hessian[k, :k], alpha=-1, out=slope)
+        torch.addcmul(codes[k], slope, inverse, value=rate, out=code).round_()
+        torch.clamp(code, low, high, out=code)
+        torch.sub(code, codes[k], out=moved[k]).mul_(scale)
+        codes[k] = code

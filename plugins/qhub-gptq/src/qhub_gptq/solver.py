@@ -2,16 +2,19 @@
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1.
 Weights are held transposed, (features, rows): a step then works on one contiguous row of memory. Steps are looked back
-upon within a leaf of 32 features (one product of a matrix and a vector each), leaves are pushed forward to the end of
-their block of 128 and blocks to the end of the matrix, by matrix products.
+upon within a leaf of 32 features (one product of a matrix and a vector each; on a GPU the leaf is one kernel), leaves
+are pushed forward to the end of their block of 128 and blocks to the end of the matrix, by matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qhub_gptq.fused import fused_kernels
 
 __all__ = ["Chooser", "solve"]
 
@@ -49,6 +52,11 @@ def solve(
     inverse, low, high = 1 / scales, -zeros, largest - zeros
     codes, errors = torch.empty_like(weight), weight.new_empty(_BLOCK, rows)
     back = factor.t().contiguous()
+    members: Any = groups
+    kernels = fused_kernels(weight.device, weight.dtype)
+    if kernels is not None:
+        members = torch.tensor(groups, dtype=torch.int32, device=weight.device)
+    leaf = _leaf if kernels is None else kernels.leaf
     for start, stop in _blocks(features, group_size):
         error = errors[: stop - start]
         for first in range(start, stop, _LEAF):
@@ -58,9 +66,9 @@ def solve(
                 end = min(first + group_size, features)
                 scales[group], zeros[group] = chooser(weight[first:end], first, end)
                 inverse[group], low[group], high[group] = 1 / scales[group], -zeros[group], largest - zeros[group]
-            _leaf(
+            leaf(
                 weight[first:last], back[first:last, first:last], codes[first:last],
-                error[first - start : last - start], groups[first:last], scales, inverse, low, high,
+                error[first - start : last - start], members[first:last], scales, inverse, low, high,
             )  # fmt: skip
             if last < stop:
                 weight[last:stop].addmm_(back[last:stop, first:last], error[first - start : last - start], alpha=-1)
