@@ -2,7 +2,8 @@
 
 ``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``,
 ``benchmarks/results/demo.json`` from ``python examples/demo.py --windows 24 --out DIR`` (its ``demo.json`` and, as
-``docs/images/demo.png``, its picture), ``benchmarks/results/quality*.json`` from ``python benchmarks/quality.py``.
+``docs/images/demo.png``, its picture), ``benchmarks/results/quality*.json`` from ``python benchmarks/quality.py``,
+``gemma_ranking.json``, ``peers_gptq.json`` and ``calibration_gpu.json`` there from the scripts of these names.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ ABILITIES = {
         "test_impossible_number", "test_unknown_config_key",
     ),
 }  # fmt: skip
+
+# Of calibrating, in their order; reading and writing take no time where the model is in memory.
+PHASES = ("capture", "statistics", "equalizing", "quantizing", "outputs")
 
 
 def mark(tests: dict[str, dict[str, int]], names: tuple[str, ...]) -> str:
@@ -132,13 +136,92 @@ def times_table() -> str:
     ]
     lines += [f"| {name} | {seconds:.1f} | {seconds / ours:.2f} |" for name, seconds in sorted(medians.items())]
     gpu = json.loads((RESULTS / "calibration_gpu.json").read_text())
+    phases = [phase for phase in PHASES if any(phase in run["phases"] for run in gpu["runs"].values())]
+    lines += [
+        "",
+        f"| {gpu['model']}, {gpu['samples']}, one {gpu['gpu']} | seconds | {' | '.join(phases)} | peak memory |",
+        "|---" * (len(phases) + 3) + "|",
+    ]
     for name, run in gpu["runs"].items():
-        phases = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in run["phases"].items() if seconds >= 1)
-        lines += [
-            "",
-            f"{name} of {gpu['model']} with {gpu['samples']} on one {gpu['gpu']}: {run['seconds']:.0f} s ({phases}).",
-        ]
-    return "\n".join(lines)
+        parts = " | ".join(f"{run['phases'][phase]:.1f}" if phase in run["phases"] else "" for phase in phases)
+        lines.append(f"| {name} | {run['seconds']:.0f} | {parts} | {run['peak_gib']:.0f} GiB |")
+    versions = ", ".join(f"{package} {number}" for package, number in gpu["versions"].items())
+    return "\n".join([*lines, "", f"On the GPU with {versions}, Python {gpu['python']}, {gpu['date']}."])
+
+
+def ranking_table() -> str:
+    """Return the ranking on the model that was trained by others, without and with the token a text begins with."""
+    found = json.loads((RESULTS / "gemma_ranking.json").read_text())
+    begun = json.loads((RESULTS / "gemma_ranking_bos.json").read_text())
+    lines = [
+        "| configuration | KL | top-1 | perplexity | after the begin token: KL | top-1 | perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(found["rows"].items(), key=lambda pair: pair[1]["kl_mean"]):
+        other = ranking_cells(begun["rows"][name]) if name in begun["rows"] else "| |"
+        lines.append(f"| {name} | {ranking_cells(row)} | {other} |")
+    bases = [next(iter(one["rows"].values()))["base_perplexity"] for one in (found, begun)]
+    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    note = (
+        f"{found['model']}, {found['windows']} windows read, {found['samples']} samples of {found['length']} tokens. "
+        f"The 16-bit model: {bases[0]:.2f}, after the begin token {bases[1]:.2f}. ±: standard error of the difference "
+        f"from it. Measured with: {versions}, Python {found['python']}, CPU, {found['date']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def ranking_cells(row: dict[str, Any]) -> str:
+    """Return the cells of one configuration."""
+    perplexity = f"{row['perplexity']:.2f} ± {row['difference_error']:.2f}"
+    return f"{row['kl_mean']:.3f} | {100 * row['top1']:.1f} % | {perplexity}"
+
+
+def qlora_table() -> str:
+    """Return the held-out perplexities before and after training an adapter, on 16 bits and on NF4."""
+    runs = json.loads((RESULTS / "qlora.json").read_text())["runs"]
+    lines = [
+        "| model, seed | 16-bit: before | after | NF4: before | after | NF4 to 16-bit, after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        cells = " | ".join(f"{curve[0][1]:.2f} | {curve[-1][1]:.2f}" for curve in run["curves"].values())
+        lines.append(f"| {run['model']}, {run['seed']} | {cells} | {100 * (run['ratio'] - 1):+.2f} % |")
+    one = runs[0]
+    versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+    note = (
+        f"Perplexity on the text's last 24 windows; {one['steps']} steps of {one['batch']} x {one['length']} tokens, "
+        f"rank {one['rank']}, {one['optim']}. `python examples/qlora.py --model FOLDER --seed N` on one "
+        f"{one['hardware']}, {versions}, {one['date']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def memory_table() -> str:
+    """Return the peak memory of one LoRA step."""
+    found = json.loads((RESULTS / "lora_memory.json").read_text())
+    lines = [
+        "| MB: at rest + step = peak | bf16 | bitsandbytes NF4 | bitsandbytes NF4, 16-bit rest | qhub NF4 |",
+        "|---|---|---|---|---|",
+    ]
+    columns = ("bf16", "bitsandbytes", "bitsandbytes, 16-bit rest", "qhub")
+    for model, result in found["models"].items():
+        for suffix in ("", ", checkpointing"):
+            cases = [result["cases"][f"{column}{suffix}"] for column in columns]
+            cells = [f"{c['held'] / 1e6:.0f} + {c['step'] / 1e6:.0f} = {c['total'] / 1e6:.1f}" for c in cases]
+            lines.append(f"| {model}, {result['batch']} x {result['length']}{suffix} | {' | '.join(cells)} |")
+    spread = max(case["spread"] for result in found["models"].values() for case in result["cases"].values())
+    ours, peers = (
+        ", ".join(f"{package} {number}" for package, number in found[key].items()) for key in ("versions", "peer")
+    )
+    note = (
+        f"One step of LoRA, rank {found['rank']}, all linear layers, AdamW, bfloat16 autocast. NF4 has nested scales. "
+        "PEFT's preparation casts what bitsandbytes leaves unquantized to float32; the third column is bitsandbytes "
+        "without that, as qhub's models are in any case. At rest: weights, adapter, optimizer, counted; step: what the "
+        "kernel saw on top, the smallest of up to three processes, which differ by up to "
+        f"{spread / 1e6:.1f} MB. `python benchmarks/lora_memory.py` on {found['hardware']}, {found['date']}: {ours}, "
+        f"Python {found['python']}; bitsandbytes: {peers}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def filled(text: str, name: str, table: str) -> str:
@@ -152,15 +235,18 @@ def filled(text: str, name: str, table: str) -> str:
 def render(file: Path) -> str:
     """Return the page with its tables filled from the committed results."""
     text = file.read_text(encoding="utf-8")
+    if file.name == "training.md":
+        return filled(filled(text, "qlora", qlora_table()), "memory", memory_table())
     if file.name == "quality.md":
-        return filled(filled(text, "quality", quality_tables()), "times", times_table())
+        text = filled(filled(text, "quality", quality_tables()), "ranking", ranking_table())
+        return filled(text, "times", times_table())
     conformance = json.loads((RESULTS / "conformance.json").read_text(encoding="utf-8"))
     demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     return filled(filled(text, "methods", methods_table(conformance)), "demo", demo_table(demo))
 
 
 def main() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "quality.md"):
+    for file in (ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "training.md"):
         after = render(file)
         if "--check" not in sys.argv:
             file.write_text(after, encoding="utf-8")

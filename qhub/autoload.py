@@ -1,8 +1,8 @@
 """The door: what ``import torch`` calls so that a process importing only transformers has every installed method.
 
 torch calls the entry points of its group ``torch.backends`` at the end of its own import. :func:`arm` only asks to be
-told when transformers' quantizer table, or PEFT's tuners, are imported; nothing of qhub that imports torch is loaded before. It never
-raises: a broken qhub must not break ``import torch``. ``QHUB_AUTOLOAD=0`` turns it off.
+told when transformers' quantizer table, or PEFT, are imported; nothing of qhub that imports torch is loaded
+before. It never raises: a broken qhub must not break ``import torch``. ``QHUB_AUTOLOAD=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ __all__ = ["arm"]
 # quantizers.auto, whose table is then not there yet.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _CONFIGS = "transformers.utils.quantization_config"
-_TUNERS = "peft.tuners.tuners_utils"
+# Complete only when the package is.
+_PEFT = "peft"
 
 
 def arm() -> None:
@@ -31,7 +32,7 @@ def arm() -> None:
         for target in _TARGETS:
             wrapt.register_post_import_hook(_join, target)
         wrapt.register_post_import_hook(_prepare, _CONFIGS)
-        wrapt.register_post_import_hook(_join_peft, _TUNERS)
+        wrapt.register_post_import_hook(_join_peft, _PEFT)
     except Exception as error:
         # torch turns an exception here into a failed `import torch` for the whole process.
         warnings.warn(f"qhub could not arm its import hook, so its methods are not registered: {error!r}", stacklevel=2)

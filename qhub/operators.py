@@ -67,8 +67,37 @@ def _require_grad(self: Tensor, value: bool = True) -> Any:
     return NotImplemented
 
 
+def _clone_function(self: Tensor, *, memory_format: Any = None) -> Any:
+    """Return a copy that knows that nothing else sees it: what is added to it need not fit its grid."""
+    if torch.compiler.is_compiling() or not isinstance(self, QuantizedTensor):
+        return NotImplemented
+    copied = _clone(self)
+    copied.scratch = True
+    return copied
+
+
+def _assignment(method: str) -> Callable:
+    """Return what ``w += x`` and its like do: on a copy of a weight they give the exact, dense result.
+
+    Python binds the name to whatever comes back, so the codes need not take the change. Tuners of adapters write
+    ``w = weight.clone(); w += delta`` in their forward, and want the gradient of ``delta``. (``w.add_(delta)`` has
+    nowhere to put another tensor.)
+    """
+    original = getattr(torch.Tensor, method)
+
+    def assign(self: QuantizedTensor, other: Any) -> Any:
+        return getattr(self.dequantize(), method)(other) if self.scratch else original(self, other)
+
+    return assign
+
+
+for _method in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"):
+    setattr(QuantizedTensor, _method, _assignment(_method))
+
 FUNCTIONS.update(
     {
+        torch.clone: _clone_function,
+        torch.Tensor.clone: _clone_function,
         torch.nn.functional.linear: _linear_function,
         torch.matmul: _matmul_function,
         torch.Tensor.matmul: _matmul_function,
@@ -246,6 +275,7 @@ def _copy(self: Any, source: Tensor, non_blocking: bool = False) -> Any:
                 part.copy_(source.parts[name], non_blocking=non_blocking)
             return self
         source = source.dequantize()
+    self.check_gradients(source)
     return self.write_(source)
 
 

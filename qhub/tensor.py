@@ -38,6 +38,8 @@ class QuantizedTensor(torch.Tensor):
     transposed: bool
     memo: dict[Any, Any]
     key: str
+    # Whether it is a copy that nothing else sees; see qhub.operators.
+    scratch: bool = False
 
     @staticmethod
     def __new__(cls, source: QuantizedTensor, requires_grad: bool = False) -> QuantizedTensor:
@@ -156,6 +158,16 @@ class QuantizedTensor(torch.Tensor):
                     part.copy_(written[name])
         return self
 
+    def check_gradients(self, *values: Any) -> None:
+        """Raise :class:`UnsupportedError` where writing ``values`` into the codes would cut off their gradient."""
+        if not torch.is_grad_enabled() or not (self.scratch or isinstance(self, torch.nn.Parameter)):
+            return
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise UnsupportedError(
+                "a quantized weight cannot take values that require gradients in place: its codes would lose the "
+                "gradient. Use w + delta, which is dense, or write under torch.no_grad()"
+            )
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.quant_layout.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -247,6 +259,9 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for i, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+    targets = [value for value in tree_flatten(written)[0] if isinstance(value, QuantizedTensor)]
+    for target in targets:
+        target.check_gradients(*tree_flatten((args, kwargs))[0])
     dense: dict[int, Tensor] = {}
 
     def densify(value: Any) -> Any:
@@ -258,15 +273,14 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return dense[id(value)]
 
     result = func(*tree_map(densify, args), **tree_map(densify, kwargs))
-    targets = [value for value in tree_flatten(written)[0] if isinstance(value, QuantizedTensor)]
     for target in targets:
         target.write_(dense[id(target)])
     return targets[0] if targets else result
 
 
 # What is done for a function of torch's API, and for an operator of its dispatcher, instead of running it on the
-# dequantized weight. Filled by qhub.operators; a handler may answer NotImplemented.
+# dequantized weight. Filled by qhub.operators and qhub.sharding; a handler may answer NotImplemented.
 FUNCTIONS: dict[Any, Callable] = {}
 OPERATORS: dict[Any, Callable] = {}
 
-from qhub import operators  # noqa: E402, F401 - it needs the class above
+from qhub import operators, replication, sharding  # noqa: E402, F401 - they need the class above

@@ -24,12 +24,12 @@ def watch() -> None:
 
 
 def _wrap(module: ModuleType) -> None:
-    if not isinstance(module.Accelerator.prepare, wrapt.FunctionWrapper):
+    if not isinstance(vars(module.Accelerator)["prepare"], wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(module, "Accelerator.prepare", _prepare)
 
 
 def _prepare(original: Any, accelerator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if getattr(plugin, "cpu_ram_efficient_loading", False) and any(_is_quantized(argument) for argument in args):
         if accelerator.is_main_process:
             logger.warning(

@@ -3,6 +3,7 @@
 spec.py       what a kernel says of itself (data)
 reference.py  dequantize and multiply, without constraints
 dispatch.py   filter, admit, choose; reasons kept
+dense.py      the dense weight, decoded in pieces
 linear.py     eager call, autograd, compiled operator
 explain.py    the choices of a whole model, for people
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qhub.kernels import dispatch
+from qhub.kernels.dense import dense
 from qhub.kernels.dispatch import Choice, choose
 from qhub.layouts import Layout, Parts
 from qhub.layouts.keys import layout_key, layout_of
@@ -71,17 +72,21 @@ def _forward(
         choice = memo[key] = choose(layout, parts, x.dtype) if found is None else found
     run = choice.pick(m)
     y = run(flat.contiguous(), layout, parts, bias)
-    return y.reshape(*x.shape[:-1], layout.out_features)
+    # Not a view: autograd lets nobody add in place to a view that a function of ours returned, and adapters do.
+    return torch.ops.aten._unsafe_view.default(y.contiguous(), (*x.shape[:-1], layout.out_features))
 
 
-def _input_gradient(grad: Tensor, layout: Layout, parts: Parts) -> Tensor:
-    # Rounding of activations has no useful derivative: the gradient passes straight through it, as LLM.int8() training
-    # does.
-    return torch.matmul(grad, layout.dequantize(parts, grad.dtype))
+def _times(v: Tensor, layout: Layout, parts: Parts, transposed: bool) -> Tensor:
+    """Return ``v @ W``, or ``v @ W.T`` if ``transposed``, with W dequantized once to v's dtype.
+
+    Rounding of activations has no useful derivative: gradients pass straight through it, as LLM.int8() training does.
+    """
+    weight = dense(layout, parts, v.dtype)
+    return torch.matmul(v, weight.t() if transposed else weight)
 
 
 class _Linear(torch.autograd.Function):
-    """Saves codes, not a float weight: backward dequantizes once."""
+    """Saves the parts by reference, and no float of the weight; nothing at all if only the bias wants a gradient."""
 
     @staticmethod
     def forward(
@@ -89,17 +94,36 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.layout = layout
         ctx.names = tuple(parts)
-        ctx.save_for_backward(*parts.values())
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*parts.values())
         return _forward(x, layout, parts, bias, memo)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, ctx.layout, dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+            parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            grad_x = _Times.apply(grad, ctx.layout, parts, False)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias, None
+
+
+class _Times(torch.autograd.Function):
+    """Is :func:`_times`, lean in its own backward too: what double backward runs."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, layout: Layout, parts: Parts, transposed: bool) -> Tensor:
+        ctx.layout, ctx.transposed = layout, transposed
+        ctx.names = tuple(parts)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*parts.values())
+        return _times(v, layout, parts, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        return _Times.apply(grad, ctx.layout, parts, not ctx.transposed), None, None, None
 
 
 def _unkey(key: str, parts: list[Tensor]) -> tuple[Layout, dict[str, Tensor]]:
@@ -119,30 +143,44 @@ def _(x: Tensor, parts: list[Tensor], layout: str, out_features: int, bias: Tens
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("qhub::linear_backward", mutates_args=())
-def _linear_backward_op(grad: Tensor, parts: list[Tensor], layout: str, in_features: int) -> Tensor:
+@torch.library.custom_op("qhub::times", mutates_args=())
+def _times_op(v: Tensor, parts: list[Tensor], layout: str, features: int, transposed: bool) -> Tensor:
     described, named = _unkey(layout, parts)
-    return _input_gradient(grad, described, named)
+    return _times(v, described, named, transposed)
 
 
-@_linear_backward_op.register_fake
-def _(grad: Tensor, parts: list[Tensor], layout: str, in_features: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
+@_times_op.register_fake
+def _(v: Tensor, parts: list[Tensor], layout: str, features: int, transposed: bool) -> Tensor:
+    return v.new_empty(*v.shape[:-1], features)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, parts, layout, _, _ = inputs
-    ctx.layout, ctx.in_features = layout, x.shape[-1]
-    ctx.save_for_backward(*parts)
+    ctx.layout, ctx.in_features, ctx.count = layout, x.shape[-1], len(parts)
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(*parts)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qhub.linear_backward(grad, list(ctx.saved_tensors), ctx.layout, ctx.in_features)
+        grad_x = torch.ops.qhub.times(grad, list(ctx.saved_tensors), ctx.layout, ctx.in_features, False)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, [None] * len(ctx.saved_tensors), None, None, grad_bias
+    return grad_x, [None] * ctx.count, None, None, grad_bias
+
+
+def _setup_times(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, parts, layout, _, transposed = inputs
+    ctx.layout, ctx.features, ctx.transposed = layout, v.shape[-1], transposed
+    ctx.save_for_backward(*parts)
+
+
+def _backward_times(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = list(ctx.saved_tensors)
+    product = torch.ops.qhub.times(grad, parts, ctx.layout, ctx.features, not ctx.transposed)
+    return product, [None] * len(parts), None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup)
+_times_op.register_autograd(_backward_times, setup_context=_setup_times)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import KernelError
+from qhub.kernels.dense import dense
 from qhub.layouts import Layout, Parts
 from qhub.layouts.transforms import transform_input, transform_output
 
@@ -20,7 +21,7 @@ def linear(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) 
         return linear_float8(x, layout, parts, bias)
     if layout.activation.kind != "none":
         raise KernelError(f"the reference knows no activation scheme {layout.activation.kind!r}")
-    return torch.nn.functional.linear(x, layout.dequantize(parts, x.dtype), bias)
+    return torch.nn.functional.linear(x, dense(layout, parts, x.dtype), bias)
 
 
 def linear_float8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:

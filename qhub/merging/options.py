@@ -27,7 +27,7 @@ class MergeOptions:
     data: Any = None
     tokenizer: Any = None
     samples: int = 16
-    length: int = 48
+    length: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:

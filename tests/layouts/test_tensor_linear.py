@@ -208,3 +208,20 @@ def test_compute_dtype_rules_the_product() -> None:
 def test_wrong_number_of_features_is_refused() -> None:
     with pytest.raises((ValueError, RuntimeError)):
         F.linear(torch.zeros(2, 255), _weight("awq"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_output_can_be_changed_in_place(name: str) -> None:
+    """Adapters write ``result += ...`` into what a layer returned; autograd refuses that for views from a function."""
+    weight = _weight(name)
+    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0), requires_grad=True)
+    delta = torch.ones(weight.shape[0], requires_grad=True)
+    y = F.linear(x, weight)
+    y += delta
+    y[:, 1:] += delta
+    y.sum().backward()
+    # Of 6 rows, 4 get it twice.
+    assert torch.equal(delta.grad, torch.full_like(delta, 10.0))  # type: ignore[arg-type]
+    twin = x.detach().clone().requires_grad_()
+    F.linear(twin, weight).sum().backward()
+    assert torch.equal(x.grad, twin.grad)  # type: ignore[arg-type]

@@ -190,3 +190,55 @@ def test_fill_and_scalar_operators() -> None:
     assert not weight.dequantize().any()
     weight.fill_(0.25)
     torch.testing.assert_close(weight.dequantize(), torch.full(weight.shape, 0.25))
+
+
+@pytest.mark.parametrize("change", ["+", "-", "*", "/"])
+def test_a_copy_that_is_changed_is_dense_and_exact(change: str) -> None:
+    """``w = weight.clone(); w += delta`` in the forward of a tuner: nothing is rounded, gradients reach the delta."""
+    weight = _weight("nf4_ragged")
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    delta = (_noise(weight, 0.1) + 1).requires_grad_()
+    exact = weight.dequantize()
+    w = weight.clone()
+    if change == "+":
+        w += delta
+        expected = exact + delta
+    elif change == "-":
+        w -= delta
+        expected = exact - delta
+    elif change == "*":
+        w *= delta
+        expected = exact * delta
+    else:
+        w /= delta
+        expected = exact / delta
+    assert not isinstance(w, QuantizedTensor) and torch.equal(w, expected)
+    grads = [torch.autograd.grad(value.square().sum(), delta)[0] for value in (w, expected)]
+    assert torch.equal(grads[0], grads[1])
+    assert all(torch.equal(part, parts[name]) for name, part in weight.parts.items())
+
+
+def test_what_needs_a_gradient_is_not_written_into_codes() -> None:
+    weight = _weight("nf4_ragged")
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    delta = _noise(weight, 0.1).requires_grad_()
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    for target in (weight.clone(), parameter):
+        for write in (lambda w: w.add_(delta), lambda w: w.copy_(delta), lambda w: w.mul_(delta)):
+            with pytest.raises(UnsupportedError, match="would lose the gradient"):
+                write(target)
+    with pytest.raises(UnsupportedError, match="would lose the gradient"):
+        parameter += delta
+    assert all(torch.equal(part, parts[name]) for name, part in weight.parts.items())
+    with torch.no_grad():
+        parameter += delta
+    assert isinstance(parameter, QuantizedTensor)
+    assert any(not torch.equal(part, parts[name]) for name, part in weight.parts.items())
+
+
+def test_a_merge_through_data_drops_the_gradient_as_on_a_dense_weight() -> None:
+    weight = _weight("nf4_ragged")
+    before = weight.dequantize()
+    weight.data += _noise(weight, 0.5).requires_grad_()
+    assert isinstance(weight, QuantizedTensor) and not weight.requires_grad
+    assert not torch.equal(weight.dequantize(), before)

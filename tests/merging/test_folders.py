@@ -119,7 +119,7 @@ def test_the_command_says_what_it_did(cases: Any, tmp_path: Path) -> None:
     done = run.invoke(app, ["merge", str(case.base), str(case.adapter), "-o", str(out), "--samples", "2", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert told["tokens"] == 2 * 48 and told["kl"] < told["kl_without"]
+    assert told["tokens"] == 2 * 32 and told["kl"] < told["kl_without"]
     assert (out / "model.safetensors").is_file()
     again = run.invoke(app, ["merge", str(case.base), str(case.adapter), "-o", str(out)])
     assert again.exit_code == 2 and "not empty" in " ".join(again.output.replace("│", " ").split())

@@ -44,7 +44,7 @@ def test_merged_predictions_stay_near_the_adapters(cases: Any, name: str) -> Non
     there_was = float(kl_divergence(on_top, without).mean())
     assert kl < {"nf4": 0.25, "int8": 0.05, "hqq4": 0.25, "hqq3": 0.5}[name] * there_was
     report = merged.qhub_merge_report
-    assert len(report.layers) == 28 and report.adapters == ["default"] and report.tokens == 16 * 48
+    assert len(report.layers) == 28 and report.adapters == ["default"] and report.tokens == 16 * 32
     assert report.kl is not None and report.kl_without is not None and report.kl < report.kl_without
     assert all(layer.error <= layer.update * 1.0001 for layer in report.layers)
     assert f"KL from adapter on top {report.kl:.4f}" in report.summary()
@@ -165,7 +165,7 @@ def test_one_layer_by_itself_merges_and_unmerges(cases: Any) -> None:
     target = layer.base_layer.weight.dequantize(torch.float32) + layer.get_delta_weight("default")
     layer.merge()
     off = (layer.base_layer.weight.dequantize(torch.float32) - target).detach()
-    assert float(off.norm() / target.norm()) < 0.11
+    assert float(off.norm() / target.detach().norm()) < 0.11
     layer.unmerge()
     assert all(torch.equal(layer.base_layer.weight.parts[name], part) for name, part in before.items())
 

@@ -6,15 +6,18 @@ result is rounded to the layout once, however many adapters were merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qhub.errors import UnsupportedError
+from qhub.heap import trim
+from qhub.integrations.peft.dense import dense_weights, quantized_weights
 from qhub.integrations.peft.observing import Observed, observed
+from qhub.layouts import Parts
 from qhub.layouts.chunks import all_finite
 from qhub.merging import MergedLayer, current_options
 from qhub.merging.rounding import round_onto
@@ -22,20 +25,17 @@ from qhub.tensor import QuantizedTensor
 
 __all__ = ["check", "forget", "merge", "quantized_of", "unmerge"]
 
-# What a layer was before adapters were merged into it; on the tuner layer itself, so that it goes when that goes.
-_BEFORE = "_qhub_before_merge"
+# What was there before adapters were merged: dense biases on the tuner layer, codes on the weight, which layers may
+# share; so it goes when they go.
+_BIASES, _PARTS = "_qhub_biases_before", "_qhub_parts_before"
 
 
 def quantized_of(layer: Any) -> dict[str, QuantizedTensor]:
     """Return the quantized weights of the base layer that ``layer`` may write into, by their name there."""
-    base = layer.get_base_layer()
     # A wrapper of one parameter writes into that one only.
     only = getattr(layer, "parameter_name", None)
-    return {
-        name: parameter
-        for name, parameter in getattr(base, "_parameters", {}).items()
-        if isinstance(parameter, QuantizedTensor) and only in (None, name)
-    }
+    found = quantized_weights(layer.get_base_layer())
+    return {name: weight for name, weight in found.items() if only in (None, name)}
 
 
 def check(layer: Any, names: list[str] | None, where: str) -> None:
@@ -80,12 +80,11 @@ def merge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) 
     check(layer, names if isinstance(names, list) else None, where)
     merged = list(layer.merged_adapters)
     base = layer.get_base_layer()
-    before = {name: (weight.quant_layout, weight.parts) for name, weight in weights.items()}
     # Two wrappers of parameters may share one base layer: neither may put back what the other wrote.
     alone = getattr(layer, "parameter_name", None) is None
     others = {n: p.data.clone() for n, p in base._parameters.items() if alone and p is not None and n not in weights}
     try:
-        with _dense(base, weights) as dense:
+        with dense_weights(base, weights) as dense:
             original(*args, **kwargs)
             if layer.merged_adapters == merged:
                 return
@@ -94,12 +93,16 @@ def merge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) 
             }
     except BaseException:
         layer.merged_adapters = merged
-        _restore(base, {}, others)
+        _restore(base, others)
         raise
+    if seen is None or seen.reversible:
+        for weight in weights.values():
+            _remember(weight, layer)
+        if not merged:
+            setattr(layer, _BIASES, others)
     for name, weight in weights.items():
         weight.data = weight._like(written[name])
-    if not merged and (seen is None or seen.reversible):
-        setattr(layer, _BEFORE, (before, others))
+    trim()
 
 
 def _merge_dense(
@@ -107,7 +110,7 @@ def _merge_dense(
 ) -> None:
     """Merge, and leave the exact result in the layer's place as a dense weight."""
     base = layer.get_base_layer()
-    with _dense(base, weights) as dense:
+    with dense_weights(base, weights) as dense:
         original(*args, **kwargs)
         merged = {name: dense[name].detach().to(weight.dtype) for name, weight in weights.items()}
     for name, value in merged.items():
@@ -116,7 +119,7 @@ def _merge_dense(
 
 def _rounded(
     name: str, where: str, weight: QuantizedTensor, parameter: Tensor, seen: Observed | None, layer: Any
-) -> dict[str, Tensor]:
+) -> Parts:
     target = parameter.detach().to(weight.device, torch.float32)
     if not all_finite(target):
         raise UnsupportedError(f"with the adapter merged, {where}.{name} holds NaN or infinity: nothing was merged")
@@ -134,49 +137,64 @@ def _rounded(
 
 
 def unmerge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Do what ``original``, the tuner's own ``unmerge``, does; the weights get back the very codes they had."""
+    """Do what ``original``, the tuner's own ``unmerge``, does; the weights get back the very codes they had.
+
+    A weight that other layers share, with adapters of theirs still merged, has this layer's update subtracted; the last
+    one restores the codes.
+    """
     weights = quantized_of(layer)
     if not weights or not layer.merged:
         original(*args, **kwargs)
         return
     base = layer.get_base_layer()
-    kept = getattr(layer, _BEFORE, None)
-    with _dense(base, weights) as dense:
+    old = {name: _recalled(weight, layer) for name, weight in weights.items()}
+    with dense_weights(base, weights) as dense:
         original(*args, **kwargs)
-        if kept is None:
-            # Merged elsewhere: all that is left is to subtract.
-            written = {name: _rounded(name, "", weight, dense[name], None, layer) for name, weight in weights.items()}
-    if kept is None:
-        for name, weight in weights.items():
-            weight.data = weight._like(written[name])
-        return
-    _restore(base, *kept)
-    delattr(layer, _BEFORE)
+        written = {
+            name: old[name] or _rounded(name, "", weight, dense[name], None, layer) for name, weight in weights.items()
+        }
+    for name, weight in weights.items():
+        weight.data = weight._like(written[name])
+    _restore(base, vars(layer).pop(_BIASES, {}))
+
+
+@dataclass
+class _Before:
+    """Is what a weight was before adapters were merged into it, and the layers that merged some."""
+
+    parts: Parts
+    layers: list[Any]
+
+
+def _remember(weight: QuantizedTensor, layer: Any) -> None:
+    before = getattr(weight, _PARTS, None)
+    if before is None:
+        setattr(weight, _PARTS, _Before(weight.parts, [layer]))
+    elif not any(one is layer for one in before.layers):
+        before.layers.append(layer)
+
+
+def _recalled(weight: QuantizedTensor, layer: Any) -> Parts | None:
+    """Return the parts of ``weight`` without any adapter, if ``layer`` is the last that merged some; else None."""
+    before = getattr(weight, _PARTS, None)
+    if before is None or not any(one is layer for one in before.layers):
+        return None
+    before.layers = [one for one in before.layers if one is not layer]
+    if before.layers:
+        return None
+    delattr(weight, _PARTS)
+    return before.parts
 
 
 def forget(layer: Any) -> None:
     """Give up what :func:`unmerge` would need."""
-    if hasattr(layer, _BEFORE):
-        delattr(layer, _BEFORE)
+    vars(layer).pop(_BIASES, None)
+    for weight in quantized_of(layer).values():
+        if hasattr(weight, _PARTS):
+            delattr(weight, _PARTS)
 
 
-@contextmanager
-def _dense(base: nn.Module, weights: dict[str, QuantizedTensor]) -> Iterator[dict[str, Tensor]]:
-    """Put dense float32 weights in the place of quantized ones; yield where they are found, current until the end."""
-    held = base._parameters
-    for name, weight in weights.items():
-        held[name] = nn.Parameter(weight.dequantize(torch.float32).contiguous(), requires_grad=False)
-    try:
-        yield held  # type: ignore[misc]
-    finally:
-        held.update(weights)  # type: ignore[arg-type]
-
-
-def _restore(base: nn.Module, before: dict[str, Any], others: dict[str, Tensor]) -> None:
-    for name, (layout, parts) in before.items():
-        weight = base._parameters[name]
-        assert isinstance(weight, QuantizedTensor)
-        weight.data = weight._like(parts, layout=layout)
+def _restore(base: nn.Module, others: dict[str, Tensor]) -> None:
     for name, value in others.items():
         parameter = base._parameters[name]
         if parameter is not None and parameter.shape == value.shape:

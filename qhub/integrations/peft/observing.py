@@ -23,6 +23,8 @@ logger = logging.getLogger("qhub")
 
 # Logits kept for the comparison: 256 MB in float32.
 _LOGITS = 1 << 26
+# Elements of a slab: 64 MB, which the C library gives back to the system as soon as it is free.
+_SLAB = 1 << 25
 
 
 @dataclass
@@ -145,12 +147,13 @@ def _together(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def inputs_of(text: Text, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
-    """Return the inputs (rows, K) that ``layers`` take while ``text`` passes, in the dtype they come in."""
+    """Return the inputs (rows, K) bfloat16 that ``layers`` take while ``text`` passes."""
     found: dict[nn.Module, list[Tensor]] = {}
+    shelf = _Shelf()
 
     def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            found.setdefault(layer, []).append(args[0].detach())
+            found.setdefault(layer, []).append(shelf.put(args[0].detach()))
 
     handles = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
@@ -158,13 +161,39 @@ def inputs_of(text: Text, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: _rows(seen) for layer, seen in found.items()}
+    # One batch, the usual case, stays the rows that projections of the same input share.
+    return {layer: seen[0] if len(seen) == 1 else torch.cat(seen) for layer, seen in found.items()}
 
 
-def _rows(seen: list[Tensor]) -> Tensor:
-    # One batch, the usual case, stays the tensor that projections of the same input share.
-    flat = [one.reshape(-1, one.shape[-1]) for one in seen]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+class _Shelf:
+    """Keeps copies of tensors in large slabs, so that memory freed between them is not left in holes.
+
+    What layers share, one after the other, is kept once.
+    """
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.bfloat16)
+        self._used = 0
+        self._last: Tensor | None = None
+        self._copy = self._slab
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """Return a copy (rows, K) of ``tensor`` (..., K)."""
+        if self._last is not None and _same_memory(self._last, tensor):
+            return self._copy
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if self._slab.device != tensor.device or self._used + rows.numel() > self._slab.numel():
+            self._slab = torch.empty(max(_SLAB, rows.numel()), dtype=torch.bfloat16, device=tensor.device)
+            self._used = 0
+        self._copy = self._slab[self._used : self._used + rows.numel()].view(rows.shape).copy_(rows)
+        self._used += rows.numel()
+        # Held until the next one comes, so that its memory is not given to that.
+        self._last = tensor
+        return self._copy
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
 
 
 @contextmanager

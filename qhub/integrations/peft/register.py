@@ -6,6 +6,7 @@ The wrapped methods do what they did wherever no quantized weight is concerned.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,12 @@ __all__ = ["install"]
 
 def install() -> None:
     """Wrap PEFT's tuner models and all tuner layers, those of classes to come included. Doing it twice is harmless."""
+    import peft
+    from peft import peft_model
     from peft.tuners import tuners_utils
+    from peft.utils import other
 
-    from qhub.integrations.peft import layers, loftq, models
+    from qhub.integrations.peft import layers, loftq, models, starting
 
     # Which class has a method differs between versions of PEFT.
     tuners = {
@@ -27,6 +31,13 @@ def install() -> None:
     _wrap_family(tuners_utils.BaseTuner, tuners)
     adapted = {"merge": layers.merge, "unmerge": layers.unmerge, "loftq_init": loftq.init_layer}
     _wrap_family(tuners_utils.BaseTunerLayer, adapted)
+    _wrap(other.ModulesToSaveWrapper, "update", starting.copies_are_dense)
+    # PEFT's save_pretrained looks in its own module, transformers' asks the package.
+    for module in (peft_model, peft):
+        _wrap(module, "get_peft_model_state_dict", starting.entries_are_dense)
+    if importlib.util.find_spec("peft.tuners.lora.loraga") is not None:
+        loraga = importlib.import_module("peft.tuners.lora.loraga")
+        _wrap(loraga, "estimate_gradients", starting.with_dense_weights)
 
 
 def _wrap_family(base: Any, replacements: Mapping[str, Any]) -> None:
@@ -57,15 +68,17 @@ def _family(base: Any) -> Iterator[Any]:
 
 
 def _inject(tuner: Any, original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    from qhub.integrations.peft import loftq
+    from qhub.integrations.peft import loftq, starting
 
-    with loftq.injecting(model):
+    with loftq.injecting(model), starting.plain(model):
         return original(model, *args, **kwargs)
 
 
-def _wrap(cls: Any, name: str, replacement: Any) -> None:
-    original = vars(cls)[name]
-    if getattr(original, "_qhub", False):
+def _wrap(owner: Any, name: str, replacement: Any) -> None:
+    """Let ``replacement(first argument, original bound to it, ...)`` stand in for a method, or a module's function."""
+    original = vars(owner).get(name)
+    # An older PEFT may not have it.
+    if original is None or getattr(original, "_qhub", False):
         return
 
     @functools.wraps(original)
@@ -73,4 +86,4 @@ def _wrap(cls: Any, name: str, replacement: Any) -> None:
         return replacement(self, functools.partial(original, self), *args, **kwargs)
 
     method._qhub = True  # type: ignore[attr-defined]
-    setattr(cls, name, method)
+    setattr(owner, name, method)

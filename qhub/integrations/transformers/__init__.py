@@ -11,6 +11,7 @@ quantize.py    one call for every method and source
 calibrating.py samples, and the engine run on a model of transformers
 workshops.py   blocks brought in and results taken away, in memory or from folder to folder
 streaming.py   from folder to folder, one block in memory
+optimizers.py  which optimizer Trainer gets where the named one cannot run
 writing.py     text that the model writes for its own calibration
 saving.py      from quantized weights to file entries, written beside and renamed
 """

@@ -8,11 +8,10 @@ weights allocated between them.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
+
+from qhub.heap import libc, trim
 
 __all__ = ["Releaser"]
 
@@ -32,7 +31,7 @@ class Releaser:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = {str(file.resolve()) for file in files}
-        self._others = list(self._mappings()) if _libc() is not None else []
+        self._others = list(self._mappings()) if libc() is not None else []
         self._pending = 0
 
     def done_with(self, nbytes: int) -> None:
@@ -44,16 +43,15 @@ class Releaser:
 
     def release(self) -> None:
         """Drop clean pages of the files from memory (they are read again if touched) and trim the heap."""
-        libc = _libc()
-        if libc is None:
+        library = libc()
+        if library is None:
             return
         for start, end in self._mappings():
             if any(start < other_end and other_start < end for other_start, other_end in self._others):
                 continue
             # Private mappings that nothing writes to while loading: dropping a page loses nothing.
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        trim()
 
     def _mappings(self) -> Iterator[tuple[int, int]]:
         """Yield (start, end) of each mapping of the files in this process."""
@@ -62,8 +60,3 @@ class Releaser:
             if len(fields) == 6 and fields[5] in self._files:
                 start, end = (int(part, 16) for part in fields[0].split("-"))
                 yield start, end
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

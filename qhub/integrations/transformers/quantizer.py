@@ -16,7 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from qhub.calibration import CalibrationReport
 from qhub.calibration.engine import Progress
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
-from qhub.integrations.transformers import routing
+from qhub.integrations import accelerate
+from qhub.integrations.transformers import optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import entries_of_model
@@ -313,6 +314,9 @@ class PluginQuantizer(HfQuantizer):
 
     def _mark(self, model: Any) -> None:
         use_plain_experts(model)
+        # Here, not at import: while transformers is being imported its Trainer may be half there.
+        accelerate.watch()
+        optimizers.watch()
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for
         # no other library (peft/utils/other.py, prepare_model_for_kbit_training).
         model.hqq_quantized = True

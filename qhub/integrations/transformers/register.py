@@ -12,7 +12,6 @@ import os
 from typing import Any
 
 from qhub.errors import UnknownMethodError
-from qhub.integrations import accelerate
 from qhub.integrations.transformers import companions
 from qhub.registry import registry
 
@@ -40,7 +39,6 @@ def install() -> None:
         _joined.add(name)
     _refuse_unknown(auto)
     companions.wrap(auto)
-    accelerate.watch()
     _wrap_model_methods()
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import core_model_loading as host
 
-from qhub.errors import CheckpointError
+from qhub.errors import CheckpointError, UnsupportedError
 from qhub.formats import Format
+from qhub.sharding import QuantizedShard
 from qhub.tensor import QuantizedTensor
 
 __all__ = ["entries_of_model", "name_shards", "publish", "save_quantized"]
@@ -47,6 +48,11 @@ def entries_of_model(
     for name, value in model.state_dict().items():
         if only is not None and name not in only:
             continue
+        if isinstance(getattr(value, "_local_tensor", None), QuantizedShard):
+            raise UnsupportedError(
+                f"{name} is sharded by FSDP: this process has a piece of it. Save the adapter, and for a quantized "
+                "checkpoint load the model in one process; accelerator.get_state_dict(model) gathers the tensors"
+            )
         if isinstance(value, QuantizedTensor):
             if name in own:
                 quantized[name] = value if value.device.type != "meta" else _offloaded(model, name)

@@ -1,0 +1,50 @@
+"""The dense weight of a quantized one, decoded a few rows at a time: float32 temporaries stay small beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qhub.layouts import Layout, Parts
+from qhub.layouts.chunks import chunk_size
+from qhub.layouts.keys import layout_key
+
+__all__ = ["dense"]
+
+# Rows to decode at a time, by layout and device type; None where the layout cannot be cut into pieces that help.
+_steps: dict[tuple[str, str], int | None] = {}
+
+
+def dense(layout: Layout, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """Return what ``layout.dequantize(parts, dtype)`` returns, bit for bit, in less memory where rows can be cut.
+
+    ``parts``: of one (N, K) matrix. On its way a decoded weight takes a dozen bytes; here only those of a piece do.
+    """
+    device = next(iter(parts.values())).device
+    rows, cols = layout.out_features, layout.in_features
+    if rows * cols <= chunk_size(device) or device.type == "meta":
+        return layout.dequantize(parts, dtype)
+    key = (layout_key(layout), device.type)
+    if key not in _steps:
+        _steps[key] = _step(layout, parts, max(1, chunk_size(device) // cols))
+    step = _steps[key]
+    if step is None:
+        return layout.dequantize(parts, dtype)
+    weight = torch.empty(rows, cols, dtype=dtype, device=device)
+    for start in range(0, rows, step):
+        cut = layout.select_rows(parts, start, min(start + step, rows))
+        assert cut is not None
+        weight[start : start + step] = cut[0].dequantize(cut[1], dtype)
+    return weight
+
+
+def _step(layout: Layout, parts: Parts, wanted: int) -> int | None:
+    """Return the first power of two from ``wanted`` rows on at whose multiples the matrix can be cut; None: nowhere."""
+    rows = layout.out_features
+    step = 1 << (wanted.bit_length() - 1)
+    while step < rows:
+        pieces = (layout.select_rows(parts, start, min(start + step, rows)) for start in range(0, rows, step))
+        if all(piece is not None for piece in pieces):
+            return step
+        step *= 2
+    return None
