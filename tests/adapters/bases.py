@@ -41,31 +41,33 @@ BASES: dict[str, dict[str, Any] | Path] = {
 }
 
 
-class RoundedLinear(nn.Linear):
-    """Rounds its input as LLM.int8() does (Dettmers et al. 2022, section 3), then multiplies with a dense weight.
+class _Rounded:
+    """Rounds a layer's input as LLM.int8() does (Dettmers et al. 2022, section 3), before the layer takes it.
 
-    The gradient passes straight through the rounding, as in the paper's training.
+    The gradient passes straight through the rounding, as in the paper's training. A hook, not a class of layers: some
+    tuners take layers of the exact type nn.Linear only.
     """
 
-    threshold: float
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
 
-    def forward(self, input: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            rows = input.reshape(-1, input.shape[-1])
-            outliers = (rows.abs() >= self.threshold).any(0) if self.threshold else torch.zeros(rows.shape[-1]).bool()
-            kept = rows.masked_fill(rows.abs() >= self.threshold, 0) if self.threshold else rows
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            large = rows.abs() >= self._threshold if self._threshold else torch.zeros_like(rows, dtype=torch.bool)
+            outliers, kept = large.any(0), rows.masked_fill(large, 0)
             step = kept.abs().amax(-1, keepdim=True) / 127
             step = torch.where(step == 0, torch.ones_like(step), step)
-            error = (torch.where(outliers, rows, (kept / step).round() * step) - rows).reshape(input.shape)
-        return nn.functional.linear(input + error, self.weight, self.bias)
+            error = (torch.where(outliers, rows, (kept / step).round() * step) - rows).reshape(args[0].shape)
+        return (args[0] + error, *args[1:])
 
 
 def _twin_layer(layer: nn.Linear, layout: Layout) -> nn.Linear:
     kind = layout.activation.kind
     assert kind in ("none", "int8"), f"write a twin for layers that round their input to {kind}"
-    twin = (nn.Linear if kind == "none" else RoundedLinear)(layer.in_features, layer.out_features, bias=False)
-    if isinstance(twin, RoundedLinear):
-        twin.threshold = layout.activation.threshold
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    if kind == "int8":
+        twin.register_forward_pre_hook(_Rounded(layout.activation.threshold))
     twin.bias = layer.bias
     twin.weight = nn.Parameter(layer.weight.dequantize(torch.float32), requires_grad=False)
     return twin

@@ -166,11 +166,16 @@ class Cell:
         expected = self.logits(model)
         folder = self._folder / "saved"
         model.save_pretrained(folder)
-        again = peft.PeftModel.from_pretrained(self._make(), folder).eval()
+        again = self._loaded(self._make(), folder)
         self.same(self.logits(again), expected, "loading the adapter changes the logits")
         if not self.case.moves_base:
-            on_twin = peft.PeftModel.from_pretrained(self._twin(), folder).eval()
+            on_twin = self._loaded(self._twin(), folder)
             self.near(self.logits(on_twin), expected, "logits of the adapter on the dense model")
+
+    def _loaded(self, base: nn.Module, folder: Path) -> nn.Module:
+        if not self.case.moves_base:
+            self.case.prepare(base, None)
+        return peft.PeftModel.from_pretrained(base, folder).eval()
 
     def switching(self) -> None:
         """A second adapter is added, and both are switched to and fro."""

@@ -36,6 +36,14 @@ REASONS: dict[str, dict[str, tuple[str, str]]] = {
             "of full rank once more, so the second cut moves them by about as much as rounding does",
         )
     },
+    "LoRA, LoRA-GA": dict.fromkeys(
+        ("forward", "training"),
+        (
+            "from its target",
+            "the start is cut out of gradients, and a method that rounds activations gets slightly other ones than the "
+            "dense model: it starts as well, elsewhere",
+        ),
+    ),
 }
 # What peft cannot do on a dense model either; anything else that fails there is a mistake of the case.
 MERGING = ("merging", "unloading", "unloading safely")
@@ -56,7 +64,7 @@ LACKS: dict[str, tuple[str, ...]] = {
     "OSF": ("merging",),
     "Poly": MERGING,
     "SHADOW": MERGING,
-    "X-LoRA": ("switching",),
+    "X-LoRA": ("saving", "switching"),
     "OPT: LoRA, biases trained": ("switching", "disabling"),
     **{case.name: MERGING for case in PROMPT_TUNERS},
 }

@@ -73,6 +73,8 @@ LORA = [
     _lora("LoRA, EVA", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), options={"finish": _eva_data}),
     _lora(
         "LoRA, LoRA-GA",
+        # The gradients of so few tokens are of rank 8: twice as many vectors are cut out of them as the adapter has.
+        r=2,
         init_lora_weights="lora_ga",
         lora_ga_config=lora_config.LoraGAConfig(),
         options={"moves_base": True, "prepare": _loraga_data},
