@@ -3,7 +3,8 @@
 ``benchmarks/results/conformance.json`` comes from ``python benchmarks/conformance.py``,
 ``benchmarks/results/demo.json`` from ``python examples/demo.py --windows 24 --out DIR`` (its ``demo.json`` and, as
 ``docs/images/demo.png``, its picture), ``benchmarks/results/quality*.json`` from ``python benchmarks/quality.py``,
-``gemma_ranking.json``, ``peers_gptq.json`` and ``calibration_gpu.json`` there from the scripts of these names.
+``gemma_ranking.json``, ``peers_gptq.json``, ``calibration_gpu.json``, ``merging.json`` and ``loftq.json`` there from
+the scripts of these names.
 """
 
 from __future__ import annotations
@@ -224,6 +225,53 @@ def memory_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def merging_table() -> str:
+    """Return what is left of an adapter that is merged, per method and way of rounding."""
+    found = json.loads((RESULTS / "merging.json").read_text())
+    ways = ("nearest, grid kept", "nearest, grid refitted", "qhub")
+    lines = [
+        "| KL from the adapter on top | without it | nearest codes, old grid | nearest, refitted | qhub "
+        "| perplexity: on top | without | qhub |",
+        "|---" * 8 + "|",
+    ]
+    for model, result in found.items():
+        for name, row in result["rows"].items():
+            kls = [row["kl_base"], *(row[way]["kl"] for way in ways)]
+            perplexities = [row["perplexity_adapter"], row["perplexity_base"], row["qhub"]["perplexity"]]
+            cells = [f"{value:.3f}" for value in kls] + [f"{value:.2f}" for value in perplexities]
+            lines.append(f"| {model}, {name} | {' | '.join(cells)} |")
+    last = result
+    versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
+    note = (
+        f"A LoRA of rank 16 on all linear layers, {last['steps']} steps on text that the model had not seen, measured "
+        f"on 16 windows of it that were held out. `python benchmarks/merging.py`, {last['date']}: {versions}, CPU."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def loftq_table() -> str:
+    """Return how near to 16 bits LoRA starts, with zeros and with LoftQ."""
+    found = json.loads((RESULTS / "loftq.json").read_text())
+    lines = [
+        "| start at | zeros: error | KL | 1 step: error | KL | 5 steps: error | KL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["rows"].items():
+        pairs = [
+            (row["error"], row["zeros"]["kl"]),
+            *((row[f"{n} steps"]["error"], row[f"{n} steps"]["kl"]) for n in (1, 5)),
+        ]
+        cells = " | ".join(f"{100 * error:.1f} % | {kl:.3f}" for error, kl in pairs)
+        lines.append(f"| {name} | {cells} |")
+    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    note = (
+        f"{found['model']}, rank {found['rank']} on all linear layers. Error: of the weights, relative, mean over "
+        "layers; KL: of the predictions from the 16-bit model's. "
+        f"`python benchmarks/loftq.py`, {found['date']}: {versions}, CPU."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def filled(text: str, name: str, table: str) -> str:
     """Return ``text`` with the block ``name`` replaced by ``table``."""
     pattern = re.compile(rf"(<!-- table: {name} \(make tables\) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -235,6 +283,8 @@ def filled(text: str, name: str, table: str) -> str:
 def render(file: Path) -> str:
     """Return the page with its tables filled from the committed results."""
     text = file.read_text(encoding="utf-8")
+    if file.name == "adapters.md":
+        return filled(filled(text, "merging", merging_table()), "loftq", loftq_table())
     if file.name == "training.md":
         return filled(filled(text, "qlora", qlora_table()), "memory", memory_table())
     if file.name == "quality.md":
@@ -246,7 +296,8 @@ def render(file: Path) -> str:
 
 
 def main() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "training.md"):
+    pages = [ROOT / "docs" / name for name in ("quality.md", "training.md", "adapters.md")]
+    for file in (ROOT / "README.md", *pages):
         after = render(file)
         if "--check" not in sys.argv:
             file.write_text(after, encoding="utf-8")
