@@ -47,7 +47,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     def start(launcher: tuple[str, ...], *jobs: str) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("scale") / "results.json"
         command = [sys.executable, "-m", *launcher, str(SCRIPT), str(out), str(model), json.dumps(NF4), *jobs]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-6000:]
         return {**json.loads(out.read_text()), "stderr": done.stderr}

@@ -45,7 +45,8 @@ def launch(out: Path, model: Path, *jobs: str) -> dict[str, Any]:
     ]
     # The reference needs no compiling, which each process would do anew.
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "QHUB_KERNEL": "reference"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, **settings}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return {**json.loads(out.read_text()), "stderr": done.stderr}
