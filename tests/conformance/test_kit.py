@@ -357,7 +357,7 @@ CORE = {
         "was not refused",
     ),
     "twice the gradient": Sabotage(
-        "qhub.kernels.linear:_input_gradient",
+        "qhub.kernels.linear:_times",
         lambda ours: lambda *arguments: 2 * ours(*arguments),
         "test_gradients_flow_to_inputs",
         "gradient is wrong",

@@ -56,7 +56,7 @@ class AdapterChecks(KitBase):
         assert not moved, f"training an adapter changed {moved}"
 
     def test_lora_unmerges_bit_by_bit(self, single: Subject, bench: Workbench) -> None:
-        """merge_adapter changes codes or scales, unmerge_adapter gives them back, and the logits with them."""
+        """merge_adapter changes codes or scales, and unmerge_adapter gives the very bits back."""
         tuned, _ = self._trained(single, bench)
         if {w.policy.refuse for w in quantized_weights(tuned).values()} - {None}:
             pytest.skip(f"{self.method} refuses merges")
@@ -67,7 +67,8 @@ class AdapterChecks(KitBase):
         tuned.unmerge_adapter()
         changed = [name for name, weight in quantized_weights(tuned).items() if not _same(weight, before[name])]
         assert not changed, f"unmerging left other codes in {changed}"
-        assert torch.equal(bench.logits(tuned), expected)
+        # Layers that the method leaves dense are unmerged by subtracting, which rounds.
+        assert torch.allclose(bench.logits(tuned), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
     def test_lora_merges_and_reloads(self, single: Subject, bench: Workbench) -> None:
         """merge_and_unload writes the adapter into the quantized weights; the logits survive saving and reloading."""
