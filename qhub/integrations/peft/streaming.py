@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import core_model_loading as host
 
 from qhub.calibration.stacks import find_stacks
+from qhub.heap import trim
 from qhub.integrations.peft import layers, models
 from qhub.integrations.peft.observing import Observed, observing
 from qhub.integrations.transformers.folders import model_class, weight_files
@@ -53,7 +54,8 @@ class _Packed:
         """Bring the weights ``names`` in; they are here already."""
 
     def release(self) -> None:
-        """Give memory back; there is none to give."""
+        """Give back what the last block took."""
+        trim()
 
 
 class _Files:
