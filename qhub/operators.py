@@ -48,6 +48,21 @@ def _matmul_function(input: Tensor, *args: Any, out: Tensor | None = None, **kwa
     return linear(input, weight._like(weight.parts, transposed=False))
 
 
+def _embedding_function(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Look up rows: only those that are asked for are dequantized, where the layout can tell them apart."""
+    # Arguments after these are for training and for norms, which codes have none of.
+    if not isinstance(weight, QuantizedTensor) or weight.ndim != 2 or weight.transposed:
+        return NotImplemented
+    if kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None):
+        return NotImplemented
+    if not input.numel():
+        return torch.empty(*input.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    taken = weight.quant_layout.take_rows(weight.parts, input.reshape(-1).long())
+    if taken is None:
+        return NotImplemented
+    return taken[0].dequantize(taken[1], weight.dtype).reshape(*input.shape, weight.shape[1])
+
+
 def _set_data(self: Tensor, value: Tensor) -> Any:
     if not isinstance(self, QuantizedTensor):
         return NotImplemented
@@ -99,6 +114,7 @@ FUNCTIONS.update(
         torch.clone: _clone_function,
         torch.Tensor.clone: _clone_function,
         torch.nn.functional.linear: _linear_function,
+        torch.nn.functional.embedding: _embedding_function,
         torch.matmul: _matmul_function,
         torch.Tensor.matmul: _matmul_function,
         torch.Tensor.__matmul__: _matmul_function,

@@ -206,6 +206,9 @@ class Affine(Layout):
         scales = rows.cut_scales(self, self.grid, self.scale_tensors(), parts, start, stop)
         return None if scales is None else {"qweight": parts["qweight"][..., start:stop, :], **scales}
 
+    def take_rows(self, parts: Parts, index: Tensor) -> tuple[Layout, dict[str, Tensor]] | None:
+        return rows.taken_rows(self, self.grid, self.scale_tensors(), "qweight", parts, index)
+
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
         if scales is None:

@@ -228,6 +228,10 @@ class Layout(ABC):
         kept = {name: parts[name] for t in self.transforms for name in t.part_specs(self)}
         return self.with_rows(stop - start), {**cut, **kept}
 
+    def take_rows(self, parts: Parts, index: Tensor) -> tuple[Layout, dict[str, Tensor]] | None:
+        """Return layout and parts of the rows ``index`` (count,) int64, in that order; None where rows share scales."""
+        return None
+
     def concat_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> tuple[Layout, dict[str, Tensor]] | None:
         """Return layout and parts of several matrices on top of each other; None when that is not exact."""
         total = sum(layout.out_features for layout in layouts)

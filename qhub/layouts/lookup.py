@@ -91,6 +91,9 @@ class Lookup(Layout):
             return None
         return {"qweight": parts["qweight"][..., start:stop, :], "table": parts["table"], **scales}
 
+    def take_rows(self, parts: Parts, index: Tensor) -> tuple[Layout, dict[str, Tensor]] | None:
+        return rows.taken_rows(self, self.grid, self.scale_tensors(), "qweight", parts, index)
+
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
         scales = rows.stack_scales(self, self.grid, self.scale_tensors(), parts, layouts)
         if scales is None or not rows.identical([p["table"] for p in parts]):

@@ -55,6 +55,17 @@ def cut_scales(
     return result
 
 
+def taken_rows(
+    layout: Layout, grid: Grid, names: Mapping[str, Nested | None], codes: str, parts: Parts, index: Tensor
+) -> tuple[Layout, dict[str, Tensor]] | None:
+    """Return layout and parts of the rows ``index``; None unless each row has plain scales of its own."""
+    own = grid.kind == "block" and grid.rows == 1 and not any(names.values())
+    if not own or any(transform.side == "out" for transform in layout.transforms):
+        return None
+    cut = {name: parts[name].index_select(-2, index) for name in (codes, *names)}
+    return layout.with_rows(index.shape[0]), {**parts, **cut}
+
+
 def stack_scales(
     layout: Layout, grid: Grid, names: Mapping[str, Nested | None], parts: Sequence[Parts], layouts: Sequence[Layout]
 ) -> dict[str, Tensor] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qhub import QuantizedTensor
 from qhub.errors import LayoutError
+from qhub.layouts import Affine, Grid
 
 from .cases import CASES, batch, case, fresh
 
@@ -236,3 +237,18 @@ def test_build_refuses_parts_of_another_layout() -> None:
         QuantizedTensor.build(case("awq").layout, case("nf4_nested").parts, torch.float32)
     with pytest.raises(LayoutError, match="cannot be made from a Tensor"):
         QuantizedTensor(torch.zeros(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [Grid.along_k(32), Grid("block", 1, 64), Grid("block", 8, 32), Grid("flat", 1, 48)])
+def test_looking_up_rows_gives_the_dense_rows(grid: Grid) -> None:
+    """F.embedding on a quantized table, whether its rows have scales of their own or share some."""
+    layout = Affine(out_features=24, in_features=64, bits=4, grid=grid, zero="value")
+    parts = {name: torch.zeros(spec.shape).to(spec.dtypes[0]) for name, spec in layout.part_specs().items()}
+    parts = layout.requantize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), parts, "refit")
+    table = QuantizedTensor.build(layout, parts, torch.float32)
+    index = torch.tensor([[3, 0, 23], [3, 7, 7]])
+    found = torch.nn.functional.embedding(index, table, padding_idx=0)
+    assert found.shape == (2, 3, 64) and not isinstance(found, QuantizedTensor)
+    assert torch.equal(found, table.dequantize()[index])
+    assert (layout.take_rows(parts, index.flatten()) is not None) == (grid.kind == "block" and grid.rows == 1)
+    assert torch.nn.functional.embedding(index[:0], table).shape == (0, 3, 64)

@@ -16,6 +16,7 @@ from qhub.calibration import Calibration, CalibrationOptions, CalibrationReport
 from qhub.calibration.data import check_samples, samples_of
 from qhub.calibration.engine import Progress, Workshop
 from qhub.errors import ConfigError
+from qhub.integrations.transformers.weights import set_tensor
 from qhub.registry import registry
 
 if TYPE_CHECKING:
@@ -49,10 +50,19 @@ def calibrate(
     if samples is None:
         samples, warnings = samples_for(model, options)
     shown = progress or bar()
-    calibration = Calibration(model, infos, quantizer.plan, quantizer.quantization, options, workshop, shown)
+    # Embeddings take tokens, of which there are no statistics; they go last, as the blocks' inputs come from them.
+    tables = {name for name, info in infos.items() if info.kind == "embedding"}
+    infos = {name: info for name, info in infos.items() if name not in tables}
+    plans = {name: plan for name, plan in quantizer.plan.items() if name not in tables}
+    calibration = Calibration(model, infos, plans, quantizer.quantization, options, workshop, shown)
     calibration.report.warnings += warnings
     with _as_in_evaluation(model):
-        return calibration.run(samples)
+        report = calibration.run(samples)
+    for name in tables:
+        set_tensor(model, name, quantizer.quantize(name, model.get_parameter(name).detach()))
+    if tables:
+        model.tie_weights()
+    return report
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class PluginQuantizer(HfQuantizer):
         self._headers = read_headers(checkpoint_files) if checkpoint_files else {}
         self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
         if self.pre_quantized:
-            self._weights = find_weights(model)
+            self._weights = find_weights(model, self._takes_embeddings())
             self._notice_skips(model, device_map)
             return
         self.plan_for(model, device_map)
@@ -137,7 +137,7 @@ class PluginQuantizer(HfQuantizer):
         given = getattr(config, spec.skip, None) if spec.skip else None
         if spec.default_skip and (given is None or spec.always_default_skip):
             # The output head, tied weights and the last module: transformers' own rule.
-            left = set(self.get_modules_to_not_convert(model, None)) - self._wanted_head(model)
+            left = set(self.get_modules_to_not_convert(model, None)) - self._wanted_head(model) - self._wanted_table()
             patterns |= dict.fromkeys(sorted(left), "output head or tied weight")
         patterns |= dict.fromkeys(given or [], f"listed in {spec.skip}")
         patterns |= dict.fromkeys(model._keep_in_fp32_modules or [], "the model keeps it in float32")
@@ -154,6 +154,13 @@ class PluginQuantizer(HfQuantizer):
                 pattern = matches(name.rpartition(".")[0], patterns)
             if pattern is not None:
                 self.skipped[name] = patterns[pattern]
+
+    def _takes_embeddings(self) -> bool:
+        return bool(self.spec.embeddings and getattr(self.quantization_config, self.spec.embeddings, False))
+
+    def _wanted_table(self) -> set[str]:
+        """Return the input embeddings' module if the config asks for them to be quantized."""
+        return {info.module for info in self._weights.values() if info.kind == "embedding"}
 
     def _wanted_head(self, model: Any) -> set[str]:
         """Return the output head's name if the config asks for it to be quantized too."""
@@ -244,7 +251,7 @@ class PluginQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def quantize(self, name: str, weight: Tensor) -> QuantizedTensor:
-        """Return the quantized weight ``name`` for its dense values, as the model holds them.
+        """Return the quantized weight ``name`` for its dense values, as the model holds them, without statistics.
 
         Raises :class:`CheckpointError` when they are not finite.
         """
@@ -268,7 +275,7 @@ class PluginQuantizer(HfQuantizer):
                 f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is "
                 f"quantized with {self.method} already, or choose another method"
             )
-        self._weights = find_weights(model)
+        self._weights = find_weights(model, self._takes_embeddings())
         self._notice_skips(model, device_map)
         self.plan = self._ask_plan([info for name, info in self._weights.items() if name not in self.skipped])
         if not self.plan:

@@ -15,13 +15,20 @@ from qhub.tensor import QuantizedTensor
 __all__ = ["find_weights", "memory_footprint", "put_layers", "set_tensor", "undo_layers", "use_plain_experts"]
 
 
-def find_weights(model: nn.Module) -> dict[str, WeightInfo]:
-    """Return every weight that a method may quantize, by parameter name: linear layers and fused experts."""
+def find_weights(model: Any, embeddings: bool = False) -> dict[str, WeightInfo]:
+    """Return every weight that a method may quantize, by parameter name: linear layers and fused experts.
+
+    ``embeddings``: the input embeddings too; an output head that is tied to them is then part of them.
+    """
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, WeightInfo] = {}
+    table = model.get_input_embeddings() if embeddings else None
     for prefix, module in model.named_modules():
-        if type(module) in (nn.Linear, QuantLinear):
+        if module is table and isinstance(module, nn.Embedding):
+            name, weight = _join(prefix, "weight"), module.weight
+            found[name] = WeightInfo(name, weight.shape[0], weight.shape[1], weight.dtype, "embedding")
+        elif type(module) in (nn.Linear, QuantLinear):
             name, weight = _join(prefix, "weight"), module.weight
             found[name] = WeightInfo(name, module.out_features, module.in_features, weight.dtype)
         elif isinstance(module, Conv1D):
@@ -48,10 +55,11 @@ def _join(prefix: str, name: str) -> str:
 
 
 def put_layers(model: nn.Module, weights: Iterable[WeightInfo]) -> None:
-    """Replace the linear layers of ``weights`` by hollow :class:`QuantLinear`; fused experts keep their module."""
+    """Replace the linear layers of ``weights`` by hollow :class:`QuantLinear`; fused experts and embeddings keep
+    their module."""
     for info in weights:
         parent, _, leaf = info.name.rpartition(".")
-        if info.kind == "experts":
+        if info.kind in ("experts", "embedding"):
             getattr(model.get_submodule(parent), leaf).requires_grad_(False)
             continue
         old = model.get_submodule(parent)

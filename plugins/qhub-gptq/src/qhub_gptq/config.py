@@ -29,6 +29,8 @@ QUALITIES = ("standard", "high")
 # read, except the keys of _NEUTRAL below and ``dynamic``.
 OTHER_KEYS = frozenset(
     {
+        # this plugin: input embeddings are quantized too
+        "embeddings",
         # gptqmodel 1 to 7: QuantizeConfig.to_dict (gptqmodel/quantization/config.py)
         "adapter", "damp_auto_increment", "device", "dynamic", "failsafe", "fallback", "foem", "gptaq", "hessian",
         "hyb_act", "lm_head", "method", "mse", "offload_to_disk", "offload_to_disk_path", "pack_dtype", "pack_impl",
@@ -74,6 +76,7 @@ def spec() -> ConfigSpec:
     return ConfigSpec(
         cls="qhub_gptq.gptq_config:GPTQConfig",
         keys=OTHER_KEYS | {"checkpoint_format", "quality"},
+        embeddings="embeddings",
         check=check,
         head="lm_head",
         companion="quantize_config.json",

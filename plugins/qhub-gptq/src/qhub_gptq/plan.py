@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,14 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     for weight in weights:
         found = settings_of(config, rules, weight.module)
         if weight.kind == "embedding":
-            plans[weight.name] = Skip("gptq quantizes linear layers")
+            # Each token is a row, rounded to nearest on the scales that cost it least: its input has no correlations.
+            if not getattr(config, "embeddings", False):
+                plans[weight.name] = Skip("embeddings=True asks for it")
+            elif isinstance(found, Rule):
+                plans[weight.name] = Skip(f"left out by {found.key!r} in dynamic")
+            else:
+                plain = dataclasses.replace(found, desc_act=False)
+                plans[weight.name] = LayerPlan(layout_of(plain, weight.out_features, weight.in_features))
         elif listed is not None and not f".{weight.module}".endswith(listed):
             plans[weight.name] = Skip("it is not in modules_in_block_to_quantize")
         elif isinstance(found, Rule):

@@ -56,7 +56,8 @@ def quantize(weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor], o
             f"a weight of {tuple(weight.shape)} for a layout of {layout.out_features}x{layout.in_features}"
         )
     codes, group = Codes(layout.bits, layout.zero == "constant"), layout.grid.cols
-    hessian = prepare(statistics["hessian"])
+    # Embeddings have none: nothing that a feature rounds off can be made up for by another.
+    hessian = prepare(statistics.get("hessian", torch.eye(layout.in_features, device=weight.device)))
     target = weight.detach().float().t().contiguous()
     largest = target.abs().amax()
     # float16 holds scales up to 65504; the widest grid is twice the largest weight.
