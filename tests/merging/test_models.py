@@ -240,3 +240,31 @@ def test_a_wrong_adapter_is_one_clear_error(cases: Any, tmp_path: Any) -> None:
     with pytest.raises(CheckpointError, match="size mismatch"):
         qhub.merge(model, other)
     assert _same(_codes(model), codes)
+
+
+def test_models_that_write_no_text_are_measured_on_random_tokens() -> None:
+    """An encoder and an encoder-decoder: said in the report, with KL of what they predict, and errors spread."""
+    import peft
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BitsAndBytesConfig,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 100, "num_layers": 2, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_kv=16, d_ff=128, decoder_start_token_id=0, **small))
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    )
+    for model, targets in ((t5, ["q", "v", "wo"]), (bert, ["query", "value"])):
+        quantized = qhub.quantize(model, BitsAndBytesConfig(load_in_4bit=True))
+        adapted = peft.get_peft_model(
+            quantized, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, bias="none")
+        )
+        report = adapted.merge_and_unload().qhub_merge_report
+        assert "random tokens" in report.summary()
+        assert report.kl is not None and report.kl_without is not None and report.kl < report.kl_without
+        assert all(layer.rows > 0 for layer in report.layers)

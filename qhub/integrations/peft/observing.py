@@ -79,7 +79,7 @@ class Text:
         with _still(self._model):
             for sample in self.samples:
                 logits = getattr(self._model(**sample), "logits", None)
-                if isinstance(logits, Tensor) and logits.ndim == 3 and room > 0:
+                if isinstance(logits, Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1 and room > 0:
                     flat = logits.float().reshape(-1, logits.shape[-1])[: max(1, room // logits.shape[-1])]
                     kept.append(flat.cpu())
                     room -= flat.numel()
@@ -107,7 +107,8 @@ def text_for(model: Any, options: MergeOptions) -> Text:
             device = model.get_input_embeddings().weight.device
             samples = [{n: v.to(device) if isinstance(v, Tensor) else v for n, v in one.items()} for one in samples]
             text = Text(model, samples, notes)
-            text.run()
+            if text.run() is None:
+                notes.append("KL was not measured: the model gives no logits")
         return text
     except QhubError:
         raise
