@@ -18,8 +18,8 @@ __all__ = ["arm"]
 # quantizers.auto, whose table is then not there yet.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _CONFIGS = "transformers.utils.quantization_config"
-# Complete only when the package is.
-_PEFT = "peft"
+# Not the package: where PEFT is what imports torch, that is there already and half made.
+_PEFT = "peft.peft_model"
 
 
 def arm() -> None:

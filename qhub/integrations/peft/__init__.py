@@ -12,6 +12,6 @@ loftq.py      LoRA's start at what quantizing lost
 low_rank.py   the decomposition that LoftQ needs
 """
 
-from qhub.integrations.peft.register import install
+from qhub.integrations.peft.register import install, watch
 
-__all__ = ["install"]
+__all__ = ["install", "watch"]

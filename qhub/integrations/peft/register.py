@@ -10,13 +10,15 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["install"]
+import wrapt
+
+__all__ = ["install", "watch"]
 
 
 def install() -> None:
     """Wrap PEFT's tuner models and all tuner layers, those of classes to come included. Doing it twice is harmless."""
     import peft
-    from peft import peft_model
+    from peft import peft_model, utils
     from peft.tuners import tuners_utils
     from peft.utils import other
 
@@ -32,12 +34,17 @@ def install() -> None:
     adapted = {"merge": layers.merge, "unmerge": layers.unmerge, "loftq_init": loftq.init_layer}
     _wrap_family(tuners_utils.BaseTunerLayer, adapted)
     _wrap(other.ModulesToSaveWrapper, "update", starting.copies_are_dense)
-    # PEFT's save_pretrained looks in its own module, transformers' asks the package.
-    for module in (peft_model, peft):
+    # PEFT's save_pretrained looks in its own module, transformers' asks the package, which takes it from there.
+    for module in (peft_model, utils, peft):
         _wrap(module, "get_peft_model_state_dict", starting.entries_are_dense)
     if importlib.util.find_spec("peft.tuners.lora.loraga") is not None:
         loraga = importlib.import_module("peft.tuners.lora.loraga")
         _wrap(loraga, "estimate_gradients", starting.with_dense_weights)
+
+
+def watch() -> None:
+    """Arrange that :func:`install` is done, now or when PEFT is imported."""
+    wrapt.register_post_import_hook(lambda module: install(), "peft.peft_model")
 
 
 def _wrap_family(base: Any, replacements: Mapping[str, Any]) -> None:

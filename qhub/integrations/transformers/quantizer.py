@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from qhub.calibration import CalibrationReport
 from qhub.calibration.engine import Progress
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
-from qhub.integrations import accelerate
+from qhub.integrations import accelerate, peft
 from qhub.integrations.transformers import optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.memory import Releaser
@@ -324,6 +324,7 @@ class PluginQuantizer(HfQuantizer):
         # Here, not at import: while transformers is being imported its Trainer may be half there.
         accelerate.watch()
         optimizers.watch()
+        peft.watch()
         # peft's mark for "quantized: freeze it, leave its dtypes alone, prepare gradient checkpointing" that asks for
         # no other library (peft/utils/other.py, prepare_model_for_kbit_training).
         model.hqq_quantized = True
