@@ -14,23 +14,17 @@ from typing import Any
 import peft
 import torch
 import transformers
+from merging import configs
 
 import qhub
 from qhub.evaluate import kl_divergence
 
+# Of those that merging is measured on.
+NAMES = (
+    "NF4 nested",
+    *(f"{name} {bits} bit, {group}" for bits in (4, 3, 2) for name, group in (("GPTQ", 128), ("HQQ", 64))),
+)
 _WINDOWS, _LENGTH, _RANK = 12, 256, 16
-
-
-def configs(texts: list[str], tokenizer: Any) -> dict[str, Any]:
-    """Return the quantizations by name."""
-    from transformers import BitsAndBytesConfig, GPTQConfig, HqqConfig
-
-    nested = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    found: dict[str, Any] = {"NF4 nested": BitsAndBytesConfig(load_in_4bit=True, **nested)}
-    for bits in (4, 3, 2):
-        found[f"GPTQ {bits} bit, 128"] = GPTQConfig(bits=bits, group_size=128, dataset=texts, tokenizer=tokenizer)
-        found[f"HQQ {bits} bit, 64"] = HqqConfig(nbits=bits, group_size=64)
-    return found
 
 
 def main() -> None:
@@ -54,8 +48,9 @@ def main() -> None:
 
     expected = logits(load(given.model, dtype=torch.float32))
     rows: dict[str, Any] = {}
-    for name, config in configs(pieces, tokenizer).items():
-        base = load(given.model, quantization_config=config, dtype=torch.float32)
+    quantizations = configs(pieces, tokenizer)
+    for name in NAMES:
+        base = load(given.model, quantization_config=quantizations[name], dtype=torch.float32)
         model = peft.get_peft_model(base, peft.LoraConfig(r=_RANK, target_modules="all-linear")).eval()
         row: dict[str, Any] = {"zeros": {"kl": float(kl_divergence(expected, logits(model)).mean())}}
         for steps in (1, 5):

@@ -41,6 +41,11 @@ ABILITIES = {
 PHASES = ("capture", "statistics", "equalizing", "quantizing", "outputs")
 
 
+def packages(versions: dict[str, str]) -> str:
+    """Return packages with their versions, in a line."""
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
+
+
 def mark(tests: dict[str, dict[str, int]], names: tuple[str, ...]) -> str:
     """Return the cell for an ability: all passed, some failed, or not run."""
     counts = [tests.get(name, {}) for name in names]
@@ -58,7 +63,7 @@ def methods_table(result: dict[str, Any]) -> str:
         cells = [mark(method["tests"], names) for names in ABILITIES.values()]
         rows.append([f"`{name}`", f"`{method['distribution']}`", *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    versions = packages(result["versions"])
     total = sum(count for m in result["methods"].values() for t in m["tests"].values() for count in t.values())
     return "\n".join(
         [
@@ -146,7 +151,7 @@ def times_table() -> str:
     for name, run in gpu["runs"].items():
         parts = " | ".join(f"{run['phases'][phase]:.1f}" if phase in run["phases"] else "" for phase in phases)
         lines.append(f"| {name} | {run['seconds']:.0f} | {parts} | {run['peak_gib']:.0f} GiB |")
-    versions = ", ".join(f"{package} {number}" for package, number in gpu["versions"].items())
+    versions = packages(gpu["versions"])
     return "\n".join([*lines, "", f"On the GPU with {versions}, Python {gpu['python']}, {gpu['date']}."])
 
 
@@ -162,7 +167,7 @@ def ranking_table() -> str:
         other = ranking_cells(begun["rows"][name]) if name in begun["rows"] else "| |"
         lines.append(f"| {name} | {ranking_cells(row)} | {other} |")
     bases = [next(iter(one["rows"].values()))["base_perplexity"] for one in (found, begun)]
-    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    versions = packages(found["versions"])
     note = (
         f"{found['model']}, {found['windows']} windows read, {found['samples']} samples of {found['length']} tokens. "
         f"The 16-bit model: {bases[0]:.2f}, after the begin token {bases[1]:.2f}. ±: standard error of the difference "
@@ -188,7 +193,7 @@ def qlora_table() -> str:
         cells = " | ".join(f"{curve[0][1]:.2f} | {curve[-1][1]:.2f}" for curve in run["curves"].values())
         lines.append(f"| {run['model']}, {run['seed']} | {cells} | {100 * (run['ratio'] - 1):+.2f} % |")
     one = runs[0]
-    versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+    versions = packages(one["versions"])
     note = (
         f"Perplexity on the text's last 24 windows; {one['steps']} steps of {one['batch']} x {one['length']} tokens, "
         f"rank {one['rank']}, {one['optim']}. `python examples/qlora.py --model FOLDER --seed N` on one "
@@ -211,9 +216,7 @@ def memory_table() -> str:
             cells = [f"{c['held'] / 1e6:.0f} + {c['step'] / 1e6:.0f} = {c['total'] / 1e6:.1f}" for c in cases]
             lines.append(f"| {model}, {result['batch']} x {result['length']}{suffix} | {' | '.join(cells)} |")
     spread = max(case["spread"] for result in found["models"].values() for case in result["cases"].values())
-    ours, peers = (
-        ", ".join(f"{package} {number}" for package, number in found[key].items()) for key in ("versions", "peer")
-    )
+    ours, peers = (packages(found[key]) for key in ("versions", "peer"))
     note = (
         f"One step of LoRA, rank {found['rank']}, all linear layers, AdamW, bfloat16 autocast. NF4 has nested scales. "
         "PEFT's preparation casts what bitsandbytes leaves unquantized to float32; the third column is bitsandbytes "
@@ -241,7 +244,7 @@ def merging_table() -> str:
             cells = [f"{value:.3f}" for value in kls] + [f"{value:.2f}" for value in perplexities]
             lines.append(f"| {model}, {name} | {' | '.join(cells)} |")
     last = result
-    versions = ", ".join(f"{package} {number}" for package, number in last["versions"].items())
+    versions = packages(last["versions"])
     note = (
         f"A LoRA of rank 16 on all linear layers, {last['steps']} steps on text that the model had not seen, measured "
         f"on 16 windows of it that were held out. `python benchmarks/merging.py`, {last['date']}: {versions}, CPU."
@@ -263,7 +266,7 @@ def loftq_table() -> str:
         ]
         cells = " | ".join(f"{100 * error:.1f} % | {kl:.3f}" for error, kl in pairs)
         lines.append(f"| {name} | {cells} |")
-    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    versions = packages(found["versions"])
     note = (
         f"{found['model']}, rank {found['rank']} on all linear layers. Error: of the weights, relative, mean over "
         "layers; KL: of the predictions from the 16-bit model's. "

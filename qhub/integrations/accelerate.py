@@ -7,10 +7,9 @@ others, which hold none. Quantized models are loaded by every process from the s
 from __future__ import annotations
 
 import logging
-from types import ModuleType
 from typing import Any
 
-import wrapt
+from qhub.integrations.late import wrap_when_imported
 
 __all__ = ["watch"]
 
@@ -20,12 +19,7 @@ logger = logging.getLogger("qhub")
 def watch() -> None:
     """Arrange that ``Accelerator.prepare`` keeps quantized weights out of that broadcast, now or when it is
     imported."""
-    wrapt.register_post_import_hook(_wrap, "accelerate.accelerator")
-
-
-def _wrap(module: ModuleType) -> None:
-    if not isinstance(vars(module.Accelerator)["prepare"], wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(module, "Accelerator.prepare", _prepare)
+    wrap_when_imported("accelerate.accelerator", "Accelerator.prepare", _prepare)
 
 
 def _prepare(original: Any, accelerator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def round_onto(
     batched = target.ndim > 2
     core = transform_weight(target.float(), layout, parts, inverse=True)
     old = layout.decode(parts)
-    judge, teach = (None, None) if batched else _halves(inputs, layout, parts)
+    judge, teach = (None, None) if batched else _judges_and_teachers(inputs, layout, parts)
     measure = _Measure(core, judge)
     update = measure.error(old)
     rows = 0 if judge is None else judge.shape[0]
@@ -94,7 +94,7 @@ def _candidates(
     return found
 
 
-def _halves(inputs: Tensor | None, layout: Layout, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
+def _judges_and_teachers(inputs: Tensor | None, layout: Layout, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
     """Return inputs of the stored matrix to judge by, and others to learn from."""
     if inputs is None or inputs.shape[0] < _FEWEST or not bool(torch.isfinite(inputs).all()):
         return None, None

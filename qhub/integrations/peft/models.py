@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qhub.errors import UnsupportedError
 from qhub.integrations.peft import layers
-from qhub.integrations.peft.observing import Observed, Text, inputs_of, observed, observing, text_for
+from qhub.integrations.peft.observing import Observed, Text, observed, observing, text_for, watched
 from qhub.merging import MergeReport, current_options
 
 __all__ = ["adapted_layers", "merge_adapter", "merge_and_unload", "new_checksums", "note_merged", "quantized_layers"]
@@ -123,11 +123,12 @@ def _measured(
     if merged_before:
         text = Text(tuner.model, [], ["nothing was measured: adapters were merged before this call"])
     else:
-        text = text_for(tuner.model, current_options())
-        with _activated(found, adapter_names):
-            seen.inputs = inputs_of(text, found)
-            reference = text.run()
-        with _switched_off(found):
+        options = current_options()
+        text = text_for(tuner.model, options)
+        active = {} if adapter_names is None else {"_active_adapter": adapter_names}
+        with _with_attributes(found, **active):
+            seen.inputs, reference = watched(text, found, options)
+        with _with_attributes(found, _disable_adapters=True):
             report.kl_without, _ = text.kl(reference)
     report.notes += text.notes
     with observing(seen), warnings.catch_warnings():
@@ -162,29 +163,16 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _activated(found: dict[Any, str], names: list[str] | None) -> Iterator[None]:
-    """Make ``names`` the active adapters for a block; None: leave them as they are."""
-    before = {layer: layer._active_adapter for layer in found}
-    try:
-        if names is not None:
-            for layer in found:
-                layer._active_adapter = names
-        yield
-    finally:
-        for layer, active in before.items():
-            layer._active_adapter = active
-
-
-@contextmanager
-def _switched_off(found: dict[Any, str]) -> Iterator[None]:
-    before = {layer: layer._disable_adapters for layer in found}
+def _with_attributes(found: dict[Any, str], **values: Any) -> Iterator[None]:
+    """Set attributes of all layers for a block; not through PEFT's setters, which also decide what is trained."""
+    before = {layer: {name: getattr(layer, name) for name in values} for layer in found}
     try:
         for layer in found:
-            layer._disable_adapters = True
+            vars(layer).update(values)
         yield
     finally:
-        for layer, disabled in before.items():
-            layer._disable_adapters = disabled
+        for layer, held in before.items():
+            vars(layer).update(held)
 
 
 def new_checksums(tuner: Any, found: dict[Any, str], adapter_names: list[str] | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from qhub.errors import QhubError
 from qhub.evaluate import kl_divergence
 from qhub.merging import MergedLayer, MergeOptions
 
-__all__ = ["Observed", "Text", "inputs_of", "observed", "observing", "text_for"]
+__all__ = ["Observed", "Text", "observed", "observing", "text_for", "watched"]
 
 logger = logging.getLogger("qhub")
 
@@ -105,19 +105,22 @@ def text_for(model: Any, options: MergeOptions) -> Text:
         with _still(model):
             samples = _samples(model, options, notes)
             device = model.get_input_embeddings().weight.device
-            samples = [{n: v.to(device) if isinstance(v, Tensor) else v for n, v in one.items()} for one in samples]
-            text = Text(model, samples, notes)
-            if text.run() is None:
-                notes.append("KL was not measured: the model gives no logits")
-        return text
-    except QhubError:
-        raise
     except Exception as error:
-        # Any code can be in a model's forward; the merge goes on without what it would have told.
-        if options.data is not None:
-            raise
-        logger.warning("merging: the model cannot be run on text of its own (%s: %s)", type(error).__name__, error)
-        return Text(model, [], [f"nothing was measured: the model does not run on random tokens ({error})"])
+        return Text(model, [], [_given_up(options, error)])
+    return Text(
+        model, [{n: v.to(device) if isinstance(v, Tensor) else v for n, v in one.items()} for one in samples], notes
+    )
+
+
+def _given_up(options: MergeOptions, error: Exception) -> str:
+    """Return why nothing is measured; raise ``error`` where the text was given, or the error is one of ours.
+
+    Any code can be in a model's forward; a merge goes on without what text of the model's own would have told.
+    """
+    if options.data is not None or isinstance(error, QhubError):
+        raise error
+    logger.warning("merging: the model cannot be run on text of its own (%s: %s)", type(error).__name__, error)
+    return f"nothing was measured: the model does not run on random tokens ({error})"
 
 
 def _samples(model: Any, options: MergeOptions, notes: list[str]) -> list[dict[str, Any]]:
@@ -147,8 +150,13 @@ def _together(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"input_ids": torch.cat([one["input_ids"] for one in samples])}]
 
 
-def inputs_of(text: Text, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor]:
-    """Return the inputs (rows, K) bfloat16 that ``layers`` take while ``text`` passes."""
+def watched(
+    text: Text, layers: Iterable[nn.Module], options: MergeOptions
+) -> tuple[dict[nn.Module, Tensor], Tensor | None]:
+    """Pass ``text`` through the model once; return the inputs (rows, K) bfloat16 of ``layers``, and the logits.
+
+    Where that cannot be, the text is emptied and its notes say why; an error is raised if ``options`` gave it.
+    """
     found: dict[nn.Module, list[Tensor]] = {}
     shelf = _Shelf()
 
@@ -158,12 +166,17 @@ def inputs_of(text: Text, layers: Iterable[nn.Module]) -> dict[nn.Module, Tensor
 
     handles = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
-        text.run()
+        logits = text.run()
+    except Exception as error:
+        text.samples, text.notes = [], [_given_up(options, error)]
+        return {}, None
     finally:
         for handle in handles:
             handle.remove()
+    if text.samples and logits is None:
+        text.notes.append("KL was not measured: the model gives no logits")
     # One batch, the usual case, stays the rows that projections of the same input share.
-    return {layer: seen[0] if len(seen) == 1 else torch.cat(seen) for layer, seen in found.items()}
+    return {layer: seen[0] if len(seen) == 1 else torch.cat(seen) for layer, seen in found.items()}, logits
 
 
 class _Shelf:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from types import ModuleType
 from typing import Any
 
-import wrapt
+from qhub.integrations.late import wrap_when_imported
 
 __all__ = ["optimizer_name", "watch"]
 
@@ -57,12 +56,7 @@ def optimizer_name(name: str, device: str | None = None) -> str:
 def watch() -> None:
     """Arrange that ``Trainer`` asks :func:`optimizer_name` for models that qhub quantized, now or when it is
     imported."""
-    wrapt.register_post_import_hook(_wrap, "transformers.trainer")
-
-
-def _wrap(module: ModuleType) -> None:
-    if not isinstance(vars(module.Trainer)["create_optimizer"], wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(module, "Trainer.create_optimizer", _create_optimizer)
+    wrap_when_imported("transformers.trainer", "Trainer.create_optimizer", _create_optimizer)
 
 
 def _create_optimizer(original: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

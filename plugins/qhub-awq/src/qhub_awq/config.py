@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qhub.config import ConfigSpec
 from qhub.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FORMATS", "KNOWN_KEYS", "OTHER_KEYS", "check", "spec"]
 

@@ -217,7 +217,3 @@ def _with_zeros(layout: Affine, parts: dict[str, Tensor], zeros: Tensor) -> tupl
 
 def _wide(rows: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, width - rows.shape[-1])).contiguous()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

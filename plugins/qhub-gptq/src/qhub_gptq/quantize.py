@@ -57,7 +57,8 @@ def quantize(weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor], o
         )
     codes, group = Codes(layout.bits, layout.zero == "constant"), layout.grid.cols
     # Embeddings have none: nothing that a feature rounds off can be made up for by another.
-    hessian = prepare(statistics.get("hessian", torch.eye(layout.in_features, device=weight.device)))
+    hessian = statistics.get("hessian")
+    hessian = prepare(torch.eye(layout.in_features, device=weight.device) if hessian is None else hessian)
     target = weight.detach().float().t().contiguous()
     largest = target.abs().amax()
     # float16 holds scales up to 65504; the widest grid is twice the largest weight.
