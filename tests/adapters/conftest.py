@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from qhub.testing import threads
 
 from .bases import Bases
 from .matrix import Matrix
@@ -15,12 +16,10 @@ from .recording import Record
 
 
 @pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Small tensors: one thread is faster than two that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

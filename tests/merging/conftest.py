@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from qhub.testing import threads
+
 # A little English that the model has seen none of.
 _TEXT = "The lighthouse keeper counted seven gulls before breakfast, and wrote their names into a green book. " * 6
 
@@ -61,10 +63,8 @@ class Case:
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
     """Compute on one thread: on matrices this small a second one only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

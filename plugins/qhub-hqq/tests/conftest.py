@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qhub.layouts import Affine
+from qhub.testing import threads
 
 DATA = Path(__file__).parent / "data"
 
@@ -77,12 +78,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Run on one thread: on matrices this small, two spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread() -> Iterator[None]:
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
 
 from qhub.testing.conformance.calibrating import calibrate_with_few
 from qhub.testing.conformance.workbench import Workbench
+from qhub.testing.threads import one_thread
 
 __all__ = ["KitBase", "Subject", "label"]
 
@@ -110,8 +110,5 @@ class KitBase:
     def bench(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
         """Give the models of this class, each made when it is first asked for and kept for the other tests."""
         calibrate_with_few(monkeypatch, self.calibration)
-        threads = torch.get_num_threads()
-        # On matrices this small a second thread only waits, and on a busy machine it waits long.
-        torch.set_num_threads(1)
-        yield Workbench.of(type(self), tmp_path_factory)
-        torch.set_num_threads(threads)
+        with one_thread():
+            yield Workbench.of(type(self), tmp_path_factory)
