@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qhub.kernels import KernelSpec
     from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
-    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
 
 __all__ = ["QuantizerPlugin", "hookimpl", "hookspec"]
@@ -123,6 +123,18 @@ class QuantizerPlugin:
 
         Called: addressed, once per load or save. Returns a :class:`qhub.formats.Format`: pure functions on dicts.
         Written files must be ones that the method's own library reads.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_adopt(self, layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:  # type: ignore[empty-body]
+        """Choose a config and layouts of this method for numbers that another method chose.
+
+        Called: addressed, by ``qhub convert`` and ``qhub quantize --format``. ``layouts``: by weight, of one matrix,
+        as the source holds them, layouts of blocks already told in the core's words (:meth:`Layout.plain`);
+        ``options``: config values that the user asked for. Returns an :class:`qhub.plan.Adoption` whose layouts are the
+        nearest that the method's files can hold: the same grid or a finer one, the same width of codes or a wider one.
+        Whether the numbers fit exactly is not decided here: the core tries and compares. A method whose checkpoints
+        cannot hold other methods' numbers leaves the hook out.
         """
 
     @hookspec(firstresult=True)

@@ -6,16 +6,16 @@ Works from names and shapes alone, so it runs on the meta device before a byte i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
     from qhub.layouts import Layout
 
-__all__ = ["LayerPlan", "Skip", "WeightInfo", "matches"]
+__all__ = ["Adoption", "LayerPlan", "Skip", "WeightInfo", "matches"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,18 @@ class Skip:
     """Says that a weight stays as it is, and why; the reason is reported, so it names what to change."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """Says how a method would hold what another method quantized.
+
+    ``config``: the method's config object. ``layouts``: by weight, the layout that the numbers should go into, or a
+    :class:`Skip` whose reason says why the method has none for them.
+    """
+
+    config: Any
+    layouts: Mapping[str, Layout | Skip]
 
 
 def matches(module: str, patterns: Iterable[str]) -> str | None:

@@ -5,31 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhub.errors import KernelError
 from qhub.kernels.dense import dense
-from qhub.layouts import Layout, Parts
+from qhub.layouts import Layout, Parts, Stacked
+from qhub.layouts.activations import rounded_input
 from qhub.layouts.transforms import transform_input, transform_output
 
-__all__ = ["linear", "linear_float8", "linear_int8"]
+__all__ = ["linear", "linear_int8", "linear_rounded"]
 
 
 def linear(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias`` for x (M, K), with W dequantized to x's dtype; activation schemes included."""
-    if layout.activation.kind == "int8":
+    if layout.activation.kind == "none":
+        return torch.nn.functional.linear(x, dense(layout, parts, x.dtype), bias)
+    if layout.activation.scheme == "int8":
         return linear_int8(x, layout, parts, bias)
-    if layout.activation.kind == "float8":
-        return linear_float8(x, layout, parts, bias)
-    if layout.activation.kind != "none":
-        raise KernelError(f"the reference knows no activation scheme {layout.activation.kind!r}")
-    return torch.nn.functional.linear(x, dense(layout, parts, x.dtype), bias)
+    return linear_rounded(x, layout, parts, bias)
 
 
-def linear_float8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
-    """Multiply with inputs rounded to E4M3 per row; what is rounded is what meets the stored matrix, after the
-    transforms."""
-    rounded = _through_float8(transform_input(x, layout, parts))
-    y = transform_output(torch.nn.functional.linear(rounded, layout.decode(parts).to(x.dtype)), layout, parts)
-    return y if bias is None else y + bias
+def linear_rounded(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    """Multiply with inputs rounded as the layout's activation scheme says; what is rounded is what meets the stored
+    matrix, after the transforms.
+
+    Codes times their scale are exact in float32, and so is a stored weight; sums are in float32, as integer and float8
+    matrix units add up.
+    """
+    if isinstance(layout, Stacked):
+        # Each band has scales of its own where they are stored.
+        y = torch.cat([linear_rounded(x, band, own) for band, own in layout.each(parts)], dim=-1)
+    else:
+        rounded = rounded_input(transform_input(x, layout, parts), layout.activation, parts)
+        y = transform_output(torch.nn.functional.linear(rounded, layout.decode(parts)), layout, parts)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def linear_int8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None) -> Tensor:
@@ -61,10 +67,3 @@ def linear_int8(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = N
         y = y + torch.nn.functional.linear(picked.float(), weight)
     y = transform_output(y, layout, parts)
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def _through_float8(x: Tensor) -> Tensor:
-    """Round x per row to E4M3 under a scale of absmax/448 and back."""
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() / limit).clamp_min(1e-12)
-    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)

@@ -9,8 +9,9 @@
 A layout is a description (frozen, hashable) and the tensors it names travel beside it as a dict.
 """
 
+from qhub.layouts.activations import Activation
 from qhub.layouts.affine import Affine
-from qhub.layouts.base import Activation, GridPolicy, Layout, Parts, PartSpec, nbytes
+from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec, nbytes
 from qhub.layouts.codebook import Codebook
 from qhub.layouts.float8 import Float8
 from qhub.layouts.grid import Grid

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import rows
+from qhub.layouts.activations import Activation
 from qhub.layouts.transforms import Transform, transform_weight
 
 if TYPE_CHECKING:
@@ -43,19 +44,6 @@ class PartSpec:
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     batched: bool = True
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Says how a layer's input is rounded before the product.
-
-    ``kind``: ``"none"``, ``"int8"`` (per row, absmax / 127) or ``"float8"`` (per row, absmax / 448).
-    ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0 turns that off
-    (LLM.int8(), Dettmers et al. 2022, section 3).
-    """
-
-    kind: Literal["none", "int8", "float8"] = "none"
-    threshold: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +109,11 @@ class Layout(ABC):
         """
         return None
 
+    def plain(self, parts: Parts) -> tuple[Layout, dict[str, Tensor]]:
+        """Return a layout of the core's and its parts with the same weights: itself, unless a layout says the same in
+        words of its own (blocks of a file, mapped as they are)."""
+        return self, dict(parts)
+
     def scale_tensors(self) -> dict[str, Nested | None]:
         """Return the names of the scale tensors, each with how it is quantized in turn; None for plain ones."""
         return {}
@@ -141,6 +134,7 @@ class Layout(ABC):
                 nested.check_values(name, parts)
         for transform in self.transforms:
             transform.check_values(parts)
+        self.activation.check_values(parts)
 
     # -- what all layouts share --------------------------------------------------------------------------------------
 
@@ -149,7 +143,7 @@ class Layout(ABC):
         specs = self.core_specs()
         for transform in self.transforms:
             specs.update(transform.part_specs(self))
-        return specs
+        return {**specs, **self.activation.part_specs()}
 
     def batch_shape(self, parts: Parts) -> tuple[int, ...]:
         """Return the leading dimensions that ``parts`` carry before those of one matrix."""
@@ -225,8 +219,11 @@ class Layout(ABC):
         cut = self.row_parts(parts, start, stop)
         if cut is None:
             return None
-        kept = {name: parts[name] for t in self.transforms for name in t.part_specs(self)}
-        return self.with_rows(stop - start), {**cut, **kept}
+        return self.with_rows(stop - start), {**cut, **{name: parts[name] for name in self._surrounding()}}
+
+    def _surrounding(self) -> list[str]:
+        """Return the names of the parts that belong to the transforms and the activation scheme."""
+        return [*(name for t in self.transforms for name in t.part_specs(self)), *self.activation.part_specs()]
 
     def take_rows(self, parts: Parts, index: Tensor) -> tuple[Layout, dict[str, Tensor]] | None:
         """Return layout and parts of the rows ``index`` (count,) int64, in that order; None where rows share scales."""
@@ -243,7 +240,7 @@ class Layout(ABC):
             return None
         if any(transform.side == "out" for transform in self.transforms):
             return None
-        shared = [name for t in self.transforms for name in t.part_specs(self)]
+        shared = self._surrounding()
         if not all(rows.identical([one[name] for one in parts]) for name in shared):
             return None
         stacked = self.stacked_rows(parts, layouts)

@@ -47,7 +47,7 @@ class Stacked(Layout):
         if len({layout.batch_shape(own) for layout, own in zip(layouts, parts, strict=True)}) != 1:
             return None
         for layout, own in zip(layouts, parts, strict=True):
-            inner = list(layout._each(own)) if isinstance(layout, Stacked) else [(layout, own)]
+            inner = list(layout.each(own)) if isinstance(layout, Stacked) else [(layout, own)]
             bands += [band for band, _ in inner]
             owned += [part for _, part in inner]
         first = bands[0]
@@ -61,24 +61,29 @@ class Stacked(Layout):
         )
         return stacked, _prefixed(owned)
 
-    def _each(self, parts: Parts) -> Iterator[tuple[Layout, dict[str, Tensor]]]:
+    def each(self, parts: Parts) -> Iterator[tuple[Layout, dict[str, Tensor]]]:
+        """Yield each band with the parts that are its own."""
         for index, band in enumerate(self.bands):
             yield band, {name: parts[f"{index}_{name}"] for name in band.part_specs()}
 
     def _placed(self, parts: Parts) -> Iterator[tuple[int, Layout, dict[str, Tensor]]]:
         top = 0
-        for band, own in self._each(parts):
+        for band, own in self.each(parts):
             yield top, band, own
             top += band.out_features
 
     def core_specs(self) -> dict[str, PartSpec]:
         return {f"{i}_{name}": spec for i, band in enumerate(self.bands) for name, spec in band.part_specs().items()}
 
+    def part_specs(self) -> dict[str, PartSpec]:
+        # What an activation scheme stores is stored with each band.
+        return self.core_specs()
+
     def decode(self, parts: Parts) -> Tensor:
-        return torch.cat([band.dequantize(own) for band, own in self._each(parts)], dim=-2)
+        return torch.cat([band.dequantize(own) for band, own in self.each(parts)], dim=-2)
 
     def check_values(self, parts: Parts) -> None:
-        for band, own in self._each(parts):
+        for band, own in self.each(parts):
             band.check_values(own)
 
     # -- writing -----------------------------------------------------------------------------------------------------
