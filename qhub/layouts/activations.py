@@ -36,9 +36,9 @@ class Activation:
     largest magnitude over ``top``. ``symmetric``: False for integers with a zero, the part ``input_zero`` () where
     static. ``top``: the code that the largest magnitude gets; None: the format's largest. ``limit``: magnitudes
     above it saturate instead of widening a dynamic scale; None: none do. ``scale_format``: the scales of groups are
-    rounded to it; for ``"e4m3fn"`` under the part ``input_global_scale`` (), which divides: scale = e4m3(absmax / top * global)
-    / global. ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0 turns that off
-    (LLM.int8(), Dettmers et al. 2022, section 3; int8 rows only).
+    rounded to it; for ``"e4m3fn"`` under the part ``input_global_scale`` (), which divides: scale = e4m3(absmax / top
+    * global) / global. ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0 turns
+    that off (LLM.int8(), Dettmers et al. 2022, section 3; int8 rows only).
     """
 
     kind: Literal["none", "int8", "float8", "float4"] = "none"
