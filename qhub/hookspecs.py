@@ -25,6 +25,7 @@ a native library is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from qhub.calibration import CalibrationOptions
     from qhub.config import ConfigSpec
-    from qhub.formats import Format
+    from qhub.formats import Container, Format
     from qhub.kernels import KernelSpec
     from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
@@ -63,15 +64,17 @@ class QuantizerPlugin:
 
     @hookspec(firstresult=True)
     def qhub_plan(  # type: ignore[empty-body]
-        self, config: Any, weights: Sequence[WeightInfo]
+        self, config: Any, weights: Sequence[WeightInfo], model_config: Any
     ) -> Mapping[str, LayerPlan | Skip]:
         """Choose a layout for each weight, from names and shapes alone.
 
         Called: addressed, on the meta device, before any weight is read; again when a checkpoint of the method is
         loaded, then only with the weights that the checkpoint stores quantized. Modules that the user excluded are
-        already left out. Returns ``{weight.name: LayerPlan or Skip(reason)}``; a weight that is not in it is skipped
-        without a reason, which is reported as such. Raise :class:`qhub.errors.ConfigError` for what cannot be (a group
-        size that does not divide K): better here than after minutes of quantizing.
+        already left out. ``model_config``: transformers' config of the model, for methods whose choice depends on the
+        architecture; None where there is no model. Returns ``{weight.name: LayerPlan or Skip(reason)}``; a weight that
+        is not in it is skipped without a reason, which is reported as such. Raise
+        :class:`qhub.errors.ConfigError` for what cannot be (a group size that does not divide K): better here than
+        after minutes of quantizing.
         """
 
     @hookspec(firstresult=True)
@@ -126,15 +129,38 @@ class QuantizerPlugin:
         """
 
     @hookspec(firstresult=True)
-    def qhub_adopt(self, layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:  # type: ignore[empty-body]
+    def qhub_container(self, config: Any, file: Path) -> Container:  # type: ignore[empty-body]
+        """Open ``file``, a checkpoint of the method that is not safetensors.
+
+        Called: addressed, by ``from_pretrained(..., gguf_file=...)`` and for folders that name such a file. Reads and
+        checks the header only; a file that promises more than it holds is refused before anything is allocated.
+        Methods whose checkpoints are safetensors leave the hook out.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_save(  # type: ignore[empty-body]
+        self, config: Any, model: Any, folder: Path, container: Container | None, max_shard_size: int | str
+    ) -> Sequence[Path]:
+        """Write the weights of ``model`` into ``folder`` and return the files: for methods with a container.
+
+        Called: addressed, by ``save_pretrained``, which writes ``config.json`` afterwards and moves the files to their
+        place. ``container``: what the model was loaded from, None if it was quantized; tensors that have not changed
+        are written as they lie there. May note in ``config`` how the file is called.
+        """
+
+    @hookspec(firstresult=True)
+    def qhub_adopt(  # type: ignore[empty-body]
+        self, layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any], model_config: Any
+    ) -> Adoption:
         """Choose a config and layouts of this method for numbers that another method chose.
 
         Called: addressed, by ``qhub convert`` and ``qhub quantize --format``. ``layouts``: by weight, of one matrix,
         as the source holds them, layouts of blocks already told in the core's words (:meth:`Layout.plain`);
-        ``options``: config values that the user asked for. Returns an :class:`qhub.plan.Adoption` whose layouts are the
-        nearest that the method's files can hold: the same grid or a finer one, the same width of codes or a wider one.
-        Whether the numbers fit exactly is not decided here: the core tries and compares. A method whose checkpoints
-        cannot hold other methods' numbers leaves the hook out.
+        ``others``: weights of linear layers that stay as they are; ``options``: config values that the user asked for;
+        ``model_config``: transformers' config of the model. Returns an :class:`qhub.plan.Adoption` whose layouts are
+        the nearest that the method's files can hold: the same grid or a finer one, the same width of codes or a wider
+        one. Whether the numbers fit exactly is not decided here: the core tries and compares. A method whose
+        checkpoints cannot hold other methods' numbers leaves the hook out.
         """
 
     @hookspec(firstresult=True)

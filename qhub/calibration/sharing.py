@@ -1,4 +1,4 @@
-"""Several processes: each sees its share of the samples, and sums are taken over all of them."""
+"""Several processes: each sees its share of the samples, and sums and maxima are taken over all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from qhub.calibration.statistics import Sums
+from qhub.calibration.statistics import MAXIMA, Sums
 
 __all__ = ["barrier", "from_first", "processes", "rank", "reduce_sums", "share"]
 
@@ -31,11 +31,11 @@ def share(items: Sequence[_T]) -> list[_T]:
 
 
 def reduce_sums(sums: Sums) -> None:
-    """Replace the sums by those over all processes."""
+    """Replace the sums, and the maxima among them, by those over all processes."""
     if processes() == 1:
         return
     for name in sums.names:
-        dist.all_reduce(sums.tensors[name])
+        dist.all_reduce(sums.tensors[name], op=dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM)
     count = torch.tensor(sums.tokens, device=next((t.device for t in sums.tensors.values()), None))
     dist.all_reduce(count)
     sums.tokens = int(count)

@@ -1,4 +1,5 @@
-"""What a method can know of a layer's inputs: sums over tokens, so that samples, batches and processes just add up.
+"""What a method can know of a layer's inputs: sums and maxima over tokens, so that samples, batches and processes just
+add up.
 
 With x (K,) the input of one token, T tokens, all in float32:
 
@@ -10,6 +11,8 @@ hessian    (K, K)  mean of x x^T: half the second derivative of the squared outp
 cross      (K, K)  mean of x_float x^T; rows: the same input in the unquantized model. With it the error against the
                    unquantized model's output can be minimised (Li et al. 2025, "GPTAQ", section 3)
 mean_abs   (K,)    mean of |x| (Lin et al. 2023, "AWQ", section 3.2)
+max_abs    (K,)    largest |x| of each feature: what a stored input scale has to reach (Xiao et al. 2023, "SmoothQuant",
+                   section 4)
 tokens     ()      T; always there
 ========== ======= ==============================================================================================
 """
@@ -23,12 +26,14 @@ from torch import Tensor
 
 from qhub.errors import ConfigError
 
-__all__ = ["STATISTICS", "Sums", "check_names", "needs_float_stream", "neutral", "rescaled"]
+__all__ = ["MAXIMA", "STATISTICS", "Sums", "check_names", "needs_float_stream", "neutral", "rescaled"]
 
 # Of a symmetric product on a CPU.
 _BLOCKS, _SMALLEST_BLOCK = 4, 256
 
-STATISTICS = ("cross", "hessian", "mean_abs", "tokens")
+STATISTICS = ("cross", "hessian", "max_abs", "mean_abs", "tokens")
+# Those of which the largest counts where others are added: over batches, and over processes.
+MAXIMA = frozenset({"max_abs"})
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -50,7 +55,8 @@ class Sums:
         self.names = sorted(set(names) - {"tokens"})
         check_names(self.names)
         self.tokens = 0
-        shapes = {"hessian": (features, features), "cross": (features, features), "mean_abs": (features,)}
+        square, row = (features, features), (features,)
+        shapes = {"hessian": square, "cross": square, "mean_abs": row, "max_abs": row}
         self.tensors = {name: torch.zeros(shapes[name], device=device) for name in self.names}
 
     def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
@@ -63,11 +69,13 @@ class Sums:
             _add_product(self.tensors["cross"], x_float, x)
         if "mean_abs" in self.tensors:
             self.tensors["mean_abs"] += x.abs().sum(0, dtype=torch.float32)
+        if "max_abs" in self.tensors and x.shape[0]:
+            torch.maximum(self.tensors["max_abs"], x.abs().amax(0).float(), out=self.tensors["max_abs"])
 
     def means(self) -> dict[str, Tensor]:
         """Return the statistics by name, ``tokens`` among them."""
         count = max(self.tokens, 1)
-        values = {name: value / count for name, value in self.tensors.items()}
+        values = {name: value if name in MAXIMA else value / count for name, value in self.tensors.items()}
         if "hessian" in values:
             upper = values["hessian"].triu()
             values["hessian"] = upper + upper.triu(1).t()
@@ -98,12 +106,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def neutral(names: Iterable[str], features: int, device: torch.device) -> dict[str, Tensor]:
     """Return statistics that say nothing: every feature alike and none related to another; ``tokens`` is 0."""
     eye = torch.eye(features, device=device)
-    values = {"hessian": eye, "cross": eye, "mean_abs": torch.ones(features, device=device)}
+    ones = torch.ones(features, device=device)
+    values = {"hessian": eye, "cross": eye, "mean_abs": ones, "max_abs": ones}
     return {**{name: values[name] for name in names if name != "tokens"}, "tokens": torch.tensor(0)}
 
 
 def rescaled(statistics: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
     """Return the statistics of the input multiplied by ``factor`` (K,), above zero."""
     both = factor[:, None] * factor
-    factors = {"hessian": both, "cross": both, "mean_abs": factor}
+    factors = {"hessian": both, "cross": both, "mean_abs": factor, "max_abs": factor}
     return {name: value * factors[name] if name in factors else value for name, value in statistics.items()}

@@ -18,7 +18,6 @@ from qhub.cli.loading import (
     check_target,
     copy_companions,
     load_config,
-    load_model,
     local_folder,
     parse_device_map,
     parse_dtype,
@@ -91,6 +90,10 @@ def quantize(
     check_target(model, out, overwrite)
     given = {"data": dataset, "samples": samples, "length": length, "batch_size": batch_size, "place": activations}
     chosen = {name: value for name, value in {**given, "device": device}.items() if value is not None}
+    from qhub.integrations.transformers import install
+
+    install()
+    from qhub.integrations.transformers.quantize import load_and_quantize, streams
     from qhub.registry import registry
 
     with working():
@@ -99,14 +102,13 @@ def quantize(
             quantization = make_config(method, preset, bits, group_size, settings or [])
             _refuse_quantized(model)
             say(f"reading {model} and quantizing it with {method}")
-            # Methods with data go block by block from folder to folder; the others are as quick as loading.
-            streams = registry.has(method, "qhub_calibration") and method not in registry.handed_back()
-            if streams:
+            streamed = streams(method) and method not in registry.handed_back()
+            if streamed:
                 loaded = calibration.stream(model, quantization, out, wanted, chosen, overwrite).model
                 if not calibration.leads():
                     return
             else:
-                loaded = load_model(model, quantization_config=quantization, dtype=wanted, device_map=places)
+                loaded = load_and_quantize(model, quantization, chosen, dtype=wanted, device_map=places)
         except ConfigError as error:
             # Every setting came from the command line.
             raise typer.BadParameter(str(error)) from error
@@ -116,13 +118,13 @@ def quantize(
             )
         quantized = time.perf_counter() - start
         say(f"saving to {out}")
-        if not streams:
+        if not streamed:
             loaded.save_pretrained(out, max_shard_size=max_shard_size)
         source = local_folder(model)
         companions = copy_companions(source, out)
         if push is not None:
             say(f"pushing to {push}")
-            if streams:
+            if streamed:
                 _push_folder(out, push, private)
             else:
                 _push(loaded, out, companions, push, private, max_shard_size)

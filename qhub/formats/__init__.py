@@ -1,5 +1,6 @@
-"""Checkpoint formats: the interface a method implements, and the safetensors container that all share."""
+"""Checkpoint formats: what a method's files look like, as pure functions on dicts; and files that are containers."""
 
+from qhub.formats.container import Container
 from qhub.formats.spec import Entry, Format
 
-__all__ = ["Entry", "Format"]
+__all__ = ["Container", "Entry", "Format"]

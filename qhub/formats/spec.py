@@ -8,7 +8,7 @@ after.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,22 @@ class Format(ABC):
         Raise :class:`qhub.errors.LayoutError` when the entries contradict each other or the plan; the caller adds the
         weight's name and the file's.
         """
+
+    def metadata(self, weights: Mapping[str, tuple[Layout, torch.dtype]], dense: Iterable[str]) -> dict[str, str]:
+        """Return what the header of a file says besides its tensors, for formats that need it.
+
+        ``weights``: layout and dtype of the dense weight, by the name of the model's parameter; ``dense``: names of
+        the other parameters and buffers. Names are the model's own, also where the file's differ.
+        """
+        return {}
+
+    def check_metadata(self, metadata: Mapping[str, str], layouts: Mapping[str, Layout]) -> list[str]:
+        """Return what the headers of a checkpoint, taken together as ``metadata``, say against the planned ``layouts``
+        by parameter; [] when nothing.
+
+        A file may have lost its metadata: what is not there is no contradiction.
+        """
+        return []
 
 
 def _name(dtype: torch.dtype) -> str:

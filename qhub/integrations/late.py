@@ -1,4 +1,4 @@
-"""Wraps a method of a module that may not be imported yet."""
+"""Wraps a function or method of a module that may not be imported yet."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ __all__ = ["wrap_when_imported"]
 
 
 def wrap_when_imported(module: str, method: str, wrapper: Any) -> None:
-    """Wrap ``"Class.method"`` of ``module`` once, now or when it is imported.
+    """Wrap ``"Class.method"``, or a ``"function"``, of ``module`` once, now or when it is imported.
 
     ``wrapper``: called with (original, instance, args, kwargs), as wrapt does.
     """
     owner, _, name = method.rpartition(".")
 
     def wrap(found: ModuleType) -> None:
-        if not isinstance(vars(getattr(found, owner))[name], wrapt.FunctionWrapper):
+        holder = getattr(found, owner) if owner else found
+        if not isinstance(vars(holder)[name], wrapt.FunctionWrapper):
             wrapt.wrap_function_wrapper(found, method, wrapper)
 
     wrapt.register_post_import_hook(wrap, module)

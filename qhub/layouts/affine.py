@@ -30,9 +30,9 @@ class Affine(Layout):
     ``scales`` of ``grid.scale_shape``; ``zeros`` of the same shape unless ``zero="constant"``.
 
     ``zero``: ``"constant"``: w = scale * (q - zero_point); ``"value"``: w = scale * (q - zeros), zeros integer or
-    float; ``"offset"``: w = scale * q + zeros. ``unit``: a constant factor of the scales (1/127 where a row's absmax is
-    stored). ``math``: the dtype of the formula: ``"float32"``, or ``"scales"`` for methods that define it in the
-    scales' own. ``scales_nested``, ``zeros_nested``: second-level quantization, None for plain tensors.
+    float; ``"offset"``: w = scale * (q - zero_point) + zeros. ``unit``: a constant factor of the scales (1/127 where a
+    row's absmax is stored). ``math``: the dtype of the formula: ``"float32"``, or ``"scales"`` for methods that define
+    it in the scales' own. ``scales_nested``, ``zeros_nested``: second-level quantization, None for plain tensors.
     """
 
     kind: ClassVar[str] = "affine"
@@ -104,7 +104,7 @@ class Affine(Layout):
         elif self.zero == "value":
             w = (q - self.grid.spread(zeros.to(dtype))) * scale
         else:
-            w = q * scale + self.grid.spread(zeros.to(dtype))
+            w = (q - self.zero_point if self.zero_point else q) * scale + self.grid.spread(zeros.to(dtype))
         if self.unit != 1.0:
             w = w * self.unit
         return w.float()
@@ -137,10 +137,10 @@ class Affine(Layout):
         if zeros is not None and self.zero == "offset":
             w = w - grid.spread(zeros.float()) * self.unit
         q = w / torch.where(scale == 0, torch.ones_like(scale), scale)
-        if zeros is None:
-            q = q + self.zero_point
-        elif self.zero == "value":
+        if zeros is not None and self.zero == "value":
             q = q + grid.spread(zeros.float())
+        else:
+            q = q + self.zero_point
         low, high = self.code_range
         q = q.round().clamp(low, high)
         if self.math == "scales" and scales.dtype != torch.float32:
@@ -169,7 +169,7 @@ class Affine(Layout):
         if self.zero == "value":
             fitted |= scale_codes("zeros", zero, self.zeros_nested, parts)
         elif self.zero == "offset":
-            fitted |= scale_codes("zeros", -zero * scale / self.unit, self.zeros_nested, parts)
+            fitted |= scale_codes("zeros", (self.zero_point - zero) * scale / self.unit, self.zeros_nested, parts)
         return fitted | self.nearest(weight, {**parts, **fitted})
 
     def columns(self, parts: Parts) -> UniformColumns:
@@ -180,7 +180,7 @@ class Affine(Layout):
         if zeros is not None:
             zeros = zeros.float()
             if self.zero == "offset":
-                zeros = -zeros * self.unit / torch.where(scales == 0, torch.ones_like(scales), scales)
+                zeros = self.zero_point - zeros * self.unit / torch.where(scales == 0, torch.ones_like(scales), scales)
             zero = self.grid.expand(zeros, *size).t().contiguous()
         low, high = self.code_range
         return UniformColumns(self.grid.expand(scales, *size).t().contiguous(), zero, low, high)

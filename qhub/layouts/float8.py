@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.columns import CastColumns
 from qhub.layouts.grid import Grid
-from qhub.layouts.nested import FLOATS, Nested, scale_codes
+from qhub.layouts.nested import SCALES, Nested, scale_codes
 
 __all__ = ["Float8"]
 
@@ -22,7 +23,8 @@ __all__ = ["Float8"]
 class Float8(Layout):
     """Stores 8-bit floats with a scale per group that multiplies them.
 
-    Parts: ``qweight`` (N, K) of ``torch.float8_{format}``; ``scales`` of ``grid.scale_shape``.
+    Parts: ``qweight`` (N, K) of ``torch.float8_{format}``; ``scales`` of ``grid.scale_shape``, above zero, floats or
+    powers of two in E8M0.
     """
 
     kind: ClassVar[str] = "float8"
@@ -46,8 +48,14 @@ class Float8(Layout):
     def core_specs(self) -> dict[str, PartSpec]:
         return {
             "qweight": PartSpec((self.out_features, self.in_features), (self.dtype,)),
-            "scales": PartSpec(self.scale_shape, FLOATS),
+            "scales": PartSpec(self.scale_shape, SCALES),
         }
+
+    def check_values(self, parts: Parts) -> None:
+        super().check_values(parts)
+        scales = parts["scales"]
+        if scales.device.type != "meta" and bool((scales.float() <= 0).any()):
+            raise LayoutError(f"tensor 'scales' holds {float(scales.float().min())}: a scale is above zero")
 
     def decode(self, parts: Parts) -> Tensor:
         w = self.grid.split(parts["qweight"].float()) * self.grid.spread(parts["scales"].float())

@@ -14,7 +14,7 @@ from qhub.layouts import rows
 from qhub.layouts.base import Layout, Parts, PartSpec
 from qhub.layouts.columns import TableColumns
 from qhub.layouts.grid import Grid
-from qhub.layouts.nested import Nested, scale_codes, scale_specs, scale_values
+from qhub.layouts.nested import SCALES, Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
 
 __all__ = ["Lookup"]
@@ -25,7 +25,7 @@ class Lookup(Layout):
     """Stores codes of ``bits`` bits into a table, with a scale per group.
 
     Parts: ``qweight`` (N, packed_length(K)) uint8; ``table`` (2**bits,) float32, in any order, shared by a batch;
-    ``scales`` of ``grid.scale_shape``, plain or nested.
+    ``scales`` of ``grid.scale_shape``, plain (powers of two in E8M0 among them) or nested.
     """
 
     kind: ClassVar[str] = "lookup"
@@ -50,7 +50,7 @@ class Lookup(Layout):
         return {
             "qweight": PartSpec((self.out_features, packed_length(self.in_features, self.bits)), (torch.uint8,)),
             "table": PartSpec((2**self.bits,), (torch.float32,), batched=False),
-            **scale_specs("scales", self.scale_shape, self.scales_nested),
+            **scale_specs("scales", self.scale_shape, self.scales_nested, SCALES),
         }
 
     def codes(self, parts: Parts) -> Tensor:

@@ -17,9 +17,20 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts.base import PartSpec
 
-__all__ = ["FLOATS", "Nested", "scale_codes", "scale_specs", "scale_values"]
+__all__ = [
+    "FLOATS",
+    "SCALES",
+    "Nested",
+    "powers_above",
+    "scale_codes",
+    "scale_specs",
+    "scale_values",
+    "shared_exponents",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What multiplies float codes may be a power of two by its format, E8M0 (OCP Microscaling Formats 1.0, section 5.4.1).
+SCALES = (*FLOATS, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -120,9 +131,11 @@ class Nested:
         return supers.repeat_interleave(self.group, dim=-1)[..., :count]
 
 
-def scale_specs(name: str, shape: tuple[int, ...], nested: Nested | None) -> dict[str, PartSpec]:
-    """Return the tensors that hold the scales ``name``, nested or plain."""
-    return nested.specs(name, shape) if nested else {name: PartSpec(shape, FLOATS)}
+def scale_specs(
+    name: str, shape: tuple[int, ...], nested: Nested | None, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> dict[str, PartSpec]:
+    """Return the tensors that hold the scales ``name``, nested or plain and of one of ``dtypes``."""
+    return nested.specs(name, shape) if nested else {name: PartSpec(shape, dtypes)}
 
 
 def scale_values(name: str, shape: tuple[int, ...], nested: Nested | None, parts: Mapping[str, Tensor]) -> Tensor:
@@ -139,7 +152,28 @@ def scale_codes(name: str, values: Tensor, nested: Nested | None, parts: Mapping
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``values`` in ``dtype``, clamped to its finite numbers: infinity would spoil a whole group."""
+    if dtype == torch.float8_e8m0fnu:
+        return powers_above(values)
     if dtype.is_floating_point:
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)
     return values.to(dtype)
+
+
+def powers_above(values: Tensor) -> Tensor:
+    """Return in E8M0 the smallest powers of two that are not below ``values``, above 0: then no code saturates."""
+    mantissa, exponent = torch.frexp(values.float())
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.exp2(exponent.clamp(-127, 127).float()).to(torch.float8_e8m0fnu)
+
+
+def shared_exponents(absmax: Tensor, largest: float) -> Tensor:
+    """Return scales E8M0 for groups with the largest magnitudes ``absmax``, for codes up to ``largest``.
+
+    OCP Microscaling Formats 1.0, section 6.3: the exponent of the largest magnitude less that of the format's. Groups
+    of zeros get 1.
+    """
+    # frexp gives a mantissa from 1/2 up to 1: its exponent is floor(log2) + 1, exactly.
+    exponent = torch.frexp(absmax.float()).exponent - math.frexp(largest)[1]
+    scale = torch.exp2(exponent.clamp(-127, 127).float())
+    return torch.where(absmax == 0, torch.ones_like(scale), scale).to(torch.float8_e8m0fnu)

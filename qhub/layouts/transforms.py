@@ -3,7 +3,7 @@
 With stored matrix S and transforms in order, a layer computes ``y = out_m(... out_1(S @ in_n(... in_1(x))))``, so the
 dense weight is ``W = Out_m ... Out_1 S In_n ... In_1``. Sources: act-order permutation, GPTQ (Frantar et al. 2022,
 section 3.3 step 1 as implemented upstream); input scales, AWQ (Lin et al. 2023, eq. 4); signs and Hadamard on both
-sides, QuIP# (Tseng et al. 2024, section 3).
+sides, QuIP# (Tseng et al. 2024, section 3; its code divides inputs by scales besides, ``rescale_WH``).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Transform", "hadamard", "transform_input", "transform_output", "transform_weight", "with_input_scale"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PARTS = {"permute": "perm", "scale": "scale", "divide": "divisor"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Transform:
     """Names one step between input and stored matrix (``side="in"``) or stored matrix and output (``side="out"``).
 
     ``kind``: ``"permute"`` takes entry ``perm[j]`` to place j (part ``{side}_perm``, int32); ``"scale"`` multiplies by
-    the vector ``{side}_scale``; ``"hadamard"`` multiplies by the normalised Hadamard matrix of the side's size.
+    the vector ``{side}_scale``, ``"divide"`` divides by ``{side}_divisor``; ``"hadamard"`` multiplies by the normalised
+    Hadamard matrix of the side's size.
     ``factor``: for ``"hadamard"``, the size q of a given q x q orthogonal factor (part ``{side}_hadamard``) where the
-    size is q times a power of two; 1 means that the size is a power of two.
+    size is q times a power of two; 1 means that the size is a power of two. An int8 factor is a Hadamard matrix, entries
+    1 and -1, that is divided by sqrt(q) where it is used.
     """
 
-    kind: Literal["permute", "scale", "hadamard"]
+    kind: Literal["permute", "scale", "divide", "hadamard"]
     side: Literal["in", "out"]
     factor: int = 1
 
@@ -46,7 +49,7 @@ class Transform:
         """Return the name of the tensor that the step needs; None when it needs none."""
         if self.kind == "hadamard":
             return f"{self.side}_hadamard" if self.factor > 1 else None
-        return f"{self.side}_{'perm' if self.kind == 'permute' else 'scale'}"
+        return f"{self.side}_{_PARTS[self.kind]}"
 
     def part_specs(self, layout: Layout) -> dict[str, PartSpec]:
         """Return the tensors that the step adds to ``layout``."""
@@ -64,15 +67,19 @@ class Transform:
             return {}
         if self.kind == "permute":
             return {self.part: PartSpec((size,), (torch.int32,))}
-        if self.kind == "scale":
+        if self.kind in ("scale", "divide"):
             return {self.part: PartSpec((size,), _FLOATS)}
-        return {self.part: PartSpec((self.factor, self.factor), _FLOATS, batched=False)}
+        return {self.part: PartSpec((self.factor, self.factor), (*_FLOATS, torch.int8), batched=False)}
 
     def check_values(self, parts: Mapping[str, Tensor]) -> None:
-        """Raise :class:`LayoutError` if the step's tensor is not a permutation, or no orthogonal matrix."""
+        """Raise :class:`LayoutError` if the step's tensor is no permutation, no orthogonal matrix, or divides by 0."""
         if self.part is None or self.kind == "scale":
             return
         part = parts[self.part]
+        if self.kind == "divide":
+            if bool((part == 0).any()):
+                raise LayoutError(f"tensor {self.part!r} holds 0, and inputs are divided by it: the file is damaged")
+            return
         if self.kind == "permute":
             places = torch.arange(part.shape[-1], dtype=part.dtype, device=part.device)
             if not bool((part.sort(dim=-1).values == places).all()):
@@ -80,10 +87,12 @@ class Transform:
                     f"tensor {self.part!r} is no permutation of {part.shape[-1]} features: the file is damaged"
                 )
             return
-        matrix = part.double()
+        matrix = _factor(part, torch.float64)
         defect = (matrix @ matrix.T - torch.eye(self.factor, dtype=torch.float64, device=part.device)).abs().max()
-        # Each of a row's q products carries two roundings of entries up to 1 (of the stored dtype).
-        if float(defect) > 2 * self.factor * torch.finfo(part.dtype).eps:
+        # Each of a row's q products carries two roundings of entries up to 1 (of the stored dtype; of float64 for a
+        # Hadamard matrix, whose entries are exact before they are divided).
+        rounding = torch.finfo(part.dtype if part.is_floating_point() else torch.float64).eps
+        if float(defect) > 2 * self.factor * rounding:
             raise LayoutError(
                 f"tensor {self.part!r} is not orthogonal: its product with its transpose is off by {float(defect):.1e}"
             )
@@ -92,13 +101,13 @@ class Transform:
         """Return the step applied to the last dimension of ``x``; ``inverse`` undoes it."""
         part = parts[self.part] if self.part is not None else None
         if self.kind == "hadamard":
-            return _rotate(x, None if part is None else part.to(x.dtype), inverse)
+            return _rotate(x, None if part is None else _factor(part, x.dtype), inverse)
         assert part is not None
         if part.ndim > 1:
             part = part.reshape(*part.shape[:-1], *([1] * (x.ndim - part.ndim)), part.shape[-1])
-        if self.kind == "scale":
+        if self.kind in ("scale", "divide"):
             scale = part.to(x.dtype)
-            if not inverse:
+            if inverse == (self.kind == "divide"):
                 return x * scale
             # A feature scaled by 0 cannot be told from any other: it is left as it is, without a division by 0.
             return x / torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -151,7 +160,7 @@ def _times_input(weight: Tensor, transform: Transform, parts: Mapping[str, Tenso
     A row w of W meets x as w . (T x) = (T^t w) . x. A scale is its own transpose; permutation and rotation are
     orthogonal, so their transpose is their inverse.
     """
-    if transform.kind == "scale":
+    if transform.kind in ("scale", "divide"):
         return transform.apply(weight, parts, inverse)
     return transform.apply(weight, parts, not inverse)
 
@@ -162,6 +171,13 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return (matrix / math.sqrt(size)).to(dtype)
+
+
+def _factor(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the orthogonal factor that ``part`` holds; integers are the entries of a Hadamard matrix."""
+    if part.is_floating_point():
+        return part.to(dtype)
+    return part.to(dtype) / math.sqrt(part.shape[0])
 
 
 def _rotate(x: Tensor, factor: Tensor | None, inverse: bool) -> Tensor:

@@ -297,7 +297,7 @@ def _bits_plan(layer: Any, bits: int) -> tuple[Any, LayerPlan, WeightInfo] | Non
     if method not in registry.list():
         return None
     info = WeightInfo("weight", weight.shape[0], weight.shape[1], weight.dtype)
-    planned = registry.call(method, "qhub_plan", config=config, weights=[info])["weight"]
+    planned = registry.call(method, "qhub_plan", config=config, weights=[info], model_config=None)["weight"]
     return (Quantization(method, config), planned, info) if isinstance(planned, LayerPlan) else None
 
 

@@ -12,7 +12,7 @@ import torch
 from qhub.errors import CheckpointError
 from qhub.formats import Entry, Format
 
-__all__ = ["FileTensor", "StoredWeight", "check_entries", "read_headers", "sort_entries"]
+__all__ = ["FileTensor", "StoredWeight", "check_entries", "read_headers", "read_metadata", "sort_entries"]
 
 # The names of safetensors' dtypes (safetensors/src/tensor.rs).
 _DTYPES = {
@@ -72,6 +72,18 @@ def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
             raise CheckpointError(
                 f"{file} ({size} bytes) cannot be read: {error}. It is truncated or damaged: download or copy it again"
             ) from error
+    return found
+
+
+def read_metadata(files: Iterable[Path]) -> dict[str, str]:
+    """Return what the headers of safetensors ``files`` say besides their tensors, all in one."""
+    from safetensors import safe_open
+
+    found: dict[str, str] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                found |= opened.metadata() or {}
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,13 +45,30 @@ def local_folder(model: str, weights: bool = False) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold the model in ``folder``; those that an index names, if there is one."""
+    """Return the files that hold the model in ``folder``: those that an index or config.json names, if one does."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return [folder / name for name in names if (folder / name).is_file()]
     single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if single.is_file():
+        return [single]
+    return _container_files(folder) or sorted(folder.glob("*.safetensors"))
+
+
+def _container_files(folder: Path) -> list[Path]:
+    """Return the file that config.json names instead of safetensors, with the others that it is split into."""
+    from qhub.integrations.transformers.containers import file_named_by
+
+    config = folder / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    name = file_named_by(values.get("quantization_config"))
+    if name is None or not (folder / name).is_file():
+        return []
+    split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.\w+)", name)
+    if split is None:
+        return [folder / name]
+    return sorted(folder.glob(f"{split[1]}-*-of-{split[2]}{split[3]}"))
 
 
 def model_class(config: Any) -> Any:

@@ -12,7 +12,7 @@ from qhub.config import method_of
 from qhub.errors import ConfigError
 from qhub.registry import registry
 
-__all__ = ["quantize"]
+__all__ = ["load_and_quantize", "quantize", "streams"]
 
 
 def quantize(
@@ -42,20 +42,38 @@ def quantize(
         raise ConfigError(
             f"quantizing {model} needs a folder to put the result into: give out, or load the model first"
         )
-    from transformers import AutoConfig
-
-    from qhub.integrations.transformers.folders import copy_companions, local_folder, model_class
+    from qhub.integrations.transformers.folders import copy_companions, local_folder
     from qhub.integrations.transformers.streaming import quantize_folder
 
     method = method_of(config)
-    if registry.has(method, "qhub_calibration"):
+    if streams(method):
         done = quantize_folder(str(model), config, Path(out), options=chosen, progress=progress).model
     else:
-        cls = model_class(AutoConfig.from_pretrained(str(model)))
-        done = cls.from_pretrained(str(model), quantization_config=config)
+        done = load_and_quantize(str(model), config, chosen, progress)
         done.save_pretrained(out)
     copy_companions(local_folder(str(model)), Path(out))
     return done
+
+
+def streams(method: str) -> bool:
+    """Return whether ``method`` is quantized from folder to folder with one block in memory at a time.
+
+    Those without data are as quick as loading; a file that is no safetensors is written in one piece.
+    """
+    return registry.has(method, "qhub_calibration") and not registry.has(method, "qhub_save")
+
+
+def load_and_quantize(model: str, config: Any, options: dict[str, Any], progress: Any = None, **loading: Any) -> Any:
+    """Return ``model``, a folder or repository, quantized as ``config`` says; ``options``: of the calibration, for
+    methods that calibrate; ``loading``: for ``from_pretrained``."""
+    from transformers import AutoConfig
+
+    from qhub.integrations.transformers.folders import model_class
+
+    cls = model_class(AutoConfig.from_pretrained(model))
+    if not options:
+        return cls.from_pretrained(model, quantization_config=config, **loading)
+    return _in_place(cls.from_pretrained(model, **loading), config, options, progress)
 
 
 def _in_place(model: Any, config: Any, options: dict[str, Any], progress: Any) -> Any:

@@ -19,6 +19,7 @@ from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedErro
 from qhub.integrations import accelerate, peft
 from qhub.integrations.transformers import optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
+from qhub.integrations.transformers.container_loading import ReadsContainers
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import entries_of_model
 from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
@@ -44,7 +45,7 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-class PluginQuantizer(HfQuantizer):
+class PluginQuantizer(ReadsContainers, HfQuantizer):
     """Quantizes and loads a model with the plugin :attr:`method`.
 
     ``plan``: {parameter: LayerPlan} of the model it worked on. ``skipped``: {parameter: reason}. ``calibration``: what
@@ -55,9 +56,9 @@ class PluginQuantizer(HfQuantizer):
     replaces: bool
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
         self.spec = registry.call(self.method, "qhub_config")
-        self.spec.verify(quantization_config)
+        quantization_config = self.spec.adopt(quantization_config)
+        super().__init__(quantization_config, **kwargs)
         self.plan: dict[str, LayerPlan] = {}
         self.skipped: dict[str, str] = {}
         self._headers: dict[str, FileTensor] = {}
@@ -90,7 +91,7 @@ class PluginQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         if device_map is None and self.spec.prefers_accelerator and torch.accelerator.is_available():
             return {"": torch.accelerator.current_accelerator()}
-        return device_map
+        return super().update_device_map(device_map)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.plan and not self.calibrates
@@ -120,10 +121,16 @@ class PluginQuantizer(HfQuantizer):
         # Not the bare name: transformers' own `model.to()` imports hqq, refuses dtypes, ... for names that it knows.
         model.quantization_method = f"qhub/{self.method}"
         self._model = weakref.proxy(model)
-        self._headers = read_headers(checkpoint_files) if checkpoint_files else {}
+        if self.container is not None:
+            # In the place of transformers' own object for the file.
+            model.config.quantization_config = self.quantization_config
+        elif checkpoint_files:
+            self._headers = read_headers(checkpoint_files)
         self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
         if self.pre_quantized:
             self._weights = find_weights(model, self._takes_embeddings())
+            if self.container is not None:
+                self._headers = self.container_headers(model, self._weights)
             self._notice_skips(model, device_map)
             return
         self.plan_for(model, device_map)
@@ -156,6 +163,8 @@ class PluginQuantizer(HfQuantizer):
                 self.skipped[name] = patterns[pattern]
 
     def _takes_embeddings(self) -> bool:
+        if self.container is not None:
+            return self.container.embeddings
         return bool(self.spec.embeddings and getattr(self.quantization_config, self.spec.embeddings, False))
 
     def _wanted_table(self) -> set[str]:
@@ -169,6 +178,8 @@ class PluginQuantizer(HfQuantizer):
         head = model.get_output_embeddings()
         names = {name for name, module in model.named_modules() if module is head}
         if any(f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}) for name in names):
+            if self._takes_embeddings():
+                return set()
             raise ConfigError(
                 f"{self.spec.head}=True: the output head of this {type(model).__name__} is its embedding (tied), which "
                 "stays as it is: leave that setting out"
@@ -176,7 +187,7 @@ class PluginQuantizer(HfQuantizer):
         return names
 
     def _ask_plan(self, weights: list[WeightInfo]) -> dict[str, LayerPlan]:
-        answer = registry.call(self.method, "qhub_plan", config=self.quantization_config, weights=weights)
+        answer = self._call_plan(weights)
         if not isinstance(answer, Mapping):
             raise ConfigError(f"the plugin {self.method!r} gave no plan: qhub_plan returned {type(answer).__name__}")
         plan = {}
@@ -223,7 +234,7 @@ class PluginQuantizer(HfQuantizer):
                 f"{some}, ... Is the method's name right? No model was loaded"
             )
         infos = [source.info for route in routes for source in route.sources]
-        routing.plan_sources(routes, self._ask_plan_of_file(infos), fmt, self.method)
+        routing.plan_sources(routes, self._call_plan(infos), fmt, self.method)
         for route in routes:
             plan = route.sources[0].plan
             assert plan is not None
@@ -242,8 +253,13 @@ class PluginQuantizer(HfQuantizer):
         # First among the conversions: at most one may match a key.
         return [routing.Router(routes, renamings, build), *weight_conversions]
 
-    def _ask_plan_of_file(self, infos: list[WeightInfo]) -> Mapping[str, Any]:
-        return registry.call(self.method, "qhub_plan", config=self.quantization_config, weights=infos)
+    def _call_plan(self, infos: list[WeightInfo]) -> Mapping[str, Any]:
+        if self.container is not None:
+            return self.container.plan(infos)
+        model_config = getattr(self._model, "config", None)
+        return registry.call(
+            self.method, "qhub_plan", config=self.quantization_config, weights=infos, model_config=model_config
+        )
 
     # -- on the fly --------------------------------------------------------------------------------------------------
 
@@ -275,6 +291,7 @@ class PluginQuantizer(HfQuantizer):
                 f"the plugin {self.method!r} loads and runs checkpoints but does not quantize: load one that is "
                 f"quantized with {self.method} already, or choose another method"
             )
+        self._model = weakref.proxy(model)
         self._weights = find_weights(model, self._takes_embeddings())
         self._notice_skips(model, device_map)
         self.plan = self._ask_plan([info for name, info in self._weights.items() if name not in self.skipped])
@@ -334,7 +351,7 @@ class PluginQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
-        return entries_of_model(model, fmt), {}
+        return entries_of_model(model, fmt)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         undo_layers(model, dtype or model.dtype)

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from qhub.errors import UnknownMethodError
-from qhub.integrations.transformers import companions
+from qhub.integrations.transformers import companions, containers
 from qhub.registry import registry
 
 __all__ = ["install"]
@@ -39,6 +39,7 @@ def install() -> None:
         _joined.add(name)
     _refuse_unknown(auto)
     companions.wrap(auto)
+    containers.wrap_readers()
     _wrap_model_methods()
 
 
@@ -118,6 +119,9 @@ def _wrap_model_methods() -> None:
         original = getattr(model_class, method)
         if not getattr(original, "_qhub", False):
             setattr(model_class, method, _only_for_quantized(original, replacement))
+    loader = model_class.__dict__["from_pretrained"]
+    if not getattr(loader.__func__, "_qhub", False):
+        model_class.from_pretrained = containers.name_file(loader)
 
 
 def _only_for_quantized(original: Any, replacement: Any) -> Any:

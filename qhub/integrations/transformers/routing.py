@@ -22,7 +22,14 @@ from transformers import core_model_loading as host
 
 from qhub.errors import CheckpointError, LayoutError, QhubError
 from qhub.formats import Format
-from qhub.integrations.transformers.checkpoint import FileTensor, StoredWeight, check_entries, sort_entries
+from qhub.integrations.transformers.checkpoint import (
+    FileTensor,
+    StoredWeight,
+    check_entries,
+    read_metadata,
+    sort_entries,
+)
+from qhub.layouts import Layout
 from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.tensor import QuantizedTensor
@@ -192,7 +199,12 @@ class _Names:
                 problems.append(
                     f"{key} in {tensor.file.name} has shape {tensor.shape}, expected {tuple(expected.shape)}"
                 )
-            elif tensor.dtype is None or tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
+            elif (
+                tensor.dtype is None
+                or tensor.dtype.is_floating_point != expected.dtype.is_floating_point
+                # Floats of 8 bits mean nothing without their scales.
+                or (tensor.dtype.itemsize == 1 and expected.dtype.itemsize > 1)
+            ):
                 problems.append(
                     f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales "
                     "are missing)"
@@ -348,11 +360,12 @@ def _read_later(tensor: FileTensor) -> Any:
 
 
 def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, method: str) -> None:
-    """Attach the plugin's ``plan`` to every source and check the file's headers against it.
+    """Attach the plugin's ``plan`` to every source and check the files' headers against it.
 
     Raises :class:`CheckpointError` naming tensors that are missing, surplus, or of another shape or dtype.
     """
     problems: list[str] = []
+    layouts: dict[str, Layout] = {}
     for route in routes:
         for source in route.sources:
             planned = plan.get(source.info.name)
@@ -361,7 +374,10 @@ def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, meth
                 problems.append(f"{source.weight.prefix} is stored quantized, but {method} leaves it alone: {reason}")
                 continue
             source.plan = planned
+            layouts[source.info.name] = planned.layout
             problems += check_entries(source.weight, dict(fmt.entries(planned.layout)), method)
+    files = {tensor.file for route in routes for source in route.sources for tensor in source.weight.entries.values()}
+    problems += fmt.check_metadata(read_metadata(sorted(files)), layouts)
     if problems:
         raise report(f"the checkpoint is not the {method} checkpoint that its config describes", problems)
 

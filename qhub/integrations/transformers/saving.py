@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -19,6 +20,8 @@ from transformers import core_model_loading as host
 
 from qhub.errors import CheckpointError, UnsupportedError
 from qhub.formats import Format
+from qhub.layouts import Layout
+from qhub.registry import registry
 from qhub.sharding import QuantizedShard
 from qhub.tensor import QuantizedTensor
 
@@ -31,8 +34,9 @@ _WEIGHT_FILES = re.compile(r"(model|pytorch_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\
 
 def entries_of_model(
     model: Any, fmt: Format, original_names: bool = True, only: Collection[str] | None = None
-) -> dict[str, Tensor]:
-    """Return every tensor to write for ``model``: quantized weights as ``fmt`` lays them out, the rest as they are.
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return every tensor to write for ``model``: quantized weights as ``fmt`` lays them out, the rest as they are; and
+    what ``fmt`` has the header say besides.
 
     ``only``: names of those to write, as in the model's state dictionary; None: all.
 
@@ -61,16 +65,19 @@ def entries_of_model(
     state = remove_tied_weights_from_state_dict(state, model)
     result = host.revert_weight_conversion(model, state) if original_names else state
     written: set[int] = set()
+    stored: dict[str, tuple[Layout, torch.dtype]] = {}
     for name, weight in quantized.items():
-        for prefix, matrix in _matrices(model, name, weight, original_names).items():
+        matrices = _matrices(model, name, weight, original_names)
+        for prefix, matrix in matrices.items():
             if matrix.transposed:
                 matrix = matrix.t()  # type: ignore[assignment]
+            stored[name if len(matrices) == 1 else f"{prefix}.weight"] = matrix.quant_layout, matrix.dtype
             for local, entry in fmt.pack(matrix.quant_layout, matrix.parts, matrix.dtype).items():
                 # A table that many matrices share is one tensor in memory; safetensors wants each on its own.
                 storage = entry.untyped_storage().data_ptr()
                 result[f"{prefix}.{local}"] = entry.clone() if storage in written else entry
                 written.add(storage)
-    return result
+    return result, fmt.metadata(stored, list(state))
 
 
 def _offloaded(model: Any, name: str) -> QuantizedTensor:
@@ -118,9 +125,12 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     try:
         write_card(model, staging, previous=target / "README.md")
-        # The entries are in their original names already when transformers gets them.
-        given.update(save_directory=staging, push_to_hub=False, save_original_format=False)
-        original(*call.args, **call.kwargs)
+        if registry.has(model.hf_quantizer.method, "qhub_save"):
+            save_container(model, staging, given["max_shard_size"])
+        else:
+            # The entries are in their original names already when transformers gets them.
+            given.update(save_directory=staging, push_to_hub=False, save_original_format=False)
+            original(*call.args, **call.kwargs)
         write_companion(model, staging)
         written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
         publish(staging, target)
@@ -129,6 +139,28 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
     if push is not None:
         push.send(model, target, written)
     return None
+
+
+def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
+    """Write the model into ``folder`` as its method's own kind of file, and beside it the config that names that."""
+    quantizer = model.hf_quantizer
+    config = quantizer.quantization_config
+    registry.call(
+        quantizer.method,
+        "qhub_save",
+        config=config,
+        model=model,
+        folder=folder,
+        container=quantizer.container,
+        max_shard_size=max_shard_size,
+    )
+    described = copy.deepcopy(model.config)
+    described.architectures = [type(model).__name__]
+    described.dtype = dtype_name(model.dtype)
+    described.quantization_config = config
+    described.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def write_companion(model: Any, folder: Path) -> None:
@@ -161,7 +193,7 @@ def publish(staging: Path, target: Path) -> None:
     Weight files of an earlier save that the new one does not have are removed at the end.
     """
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.suffix != ".safetensors", f.name))
+    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: (f.suffix in (".json", ".md"), f.name))
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -203,11 +203,11 @@ class FolderWorkshop:
             else:
                 # What lies in no block was in memory all the time.
                 names = {n for n, p in model.state_dict(keep_vars=True).items() if p.device.type != "meta"}
-            entries = entries_of_model(model, fmt, only=names)
+            entries, metadata = entries_of_model(model, fmt, only=names)
             if entries:
                 file = staging / f"shard-{number:05d}.safetensors"
                 contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in entries.items()}
-                save_file(contiguous, file, metadata={"format": "pt"})
+                save_file(contiguous, file, metadata={"format": "pt", **metadata})
                 shards[file] = list(entries)
             if block is not None:
                 self._drop(names)

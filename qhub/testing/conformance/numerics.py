@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qhub.layouts.activations import rounded_input
+from qhub.layouts.transforms import transform_input
 from qhub.tensor import QuantizedTensor
 from qhub.testing.conformance.subject import KitBase, Subject
 from qhub.testing.conformance.workbench import Workbench, bands_of, matrices_of, quantized_weights
@@ -26,7 +28,7 @@ def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tens
     roundoff of the dtype that the product runs in: weights and inputs are rounded to it once each, the output
     once, and once more to x's dtype; sums of K products in float32 round K times (Higham 2002, section 3.1). A
     rotated layout rounds what it stores, not ``dense``, so errors are bounded through norms, which rotations
-    keep. An activation scheme adds half a step per input.
+    keep. An activation scheme adds what rounding this very input moves.
     """
     compute = torch.finfo(weight.compute_dtype or x.dtype).eps / 2
     output = torch.finfo(x.dtype).eps / 2
@@ -40,17 +42,33 @@ def allowed_error(x: Tensor, weight: QuantizedTensor, dense: Tensor, exact: Tens
     bound = bound + exact.abs() * (compute + output)
     if bias is not None:
         bound = bound + bias.abs() * (compute + output)
+    return bound + _input_error(x, weight, compute)
+
+
+def _input_error(x: Tensor, weight: QuantizedTensor, compute: float) -> Tensor:
+    """Return how far rounding the input as the layout's activation scheme says moves each element (M, N) at most."""
     scheme = weight.quant_layout.activation
-    # What is rounded is the transformed input, whose largest entry a rotation may raise up to the norm.
-    largest = rows if transforms else x.double().abs().amax(dim=1, keepdim=True)
-    if scheme.kind == "int8":
-        step = largest / 127
-        bound = bound + 0.5 * step * dense.abs().sum(dim=1) * (1 + compute)
-    elif scheme.kind == "float8":
-        # E4M3 has three explicit bits: half a step is at most 2^-4 of the value, or of the smallest normal one.
-        smallest = largest / 448 * 2.0**-6
-        bound = bound + 2.0**-4 * (rows * columns + smallest * dense.abs().sum(dim=1))
-    return bound
+    if scheme.kind == "none":
+        return torch.zeros((), dtype=torch.float64)
+    bands = []
+    for prefix, layout in bands_of(weight.quant_layout):
+        own = {name.removeprefix(prefix): part for name, part in weight.parts.items() if name.startswith(prefix)}
+        inner = transform_input(x.float(), layout, own)
+        # What is rounded is the transformed input, which another kernel may hold in the layer's own dtype.
+        slack = compute * inner.double().norm(dim=1, keepdim=True) if layout.transforms else 0.0
+        if scheme.threshold:
+            # Columns with outliers are kept aside: half a step of what is left is no more than this.
+            moved = (0.5 * inner.abs().amax(dim=1, keepdim=True) / 127).double().expand(inner.shape) + slack
+        else:
+            moved = (rounded_input(inner, scheme, own).double() - inner.double()).abs() + slack
+        stored = layout.decode(own).double()
+        if any(step.side == "out" for step in layout.transforms):
+            # An output rotation mixes rows, and keeps the length of each column.
+            rotated = moved.norm(dim=1, keepdim=True) * torch.linalg.matrix_norm(stored)
+            bands.append(rotated.expand(-1, layout.out_features))
+        else:
+            bands.append(moved @ stored.abs().t())
+    return torch.cat(bands, dim=1) * (1 + compute)
 
 
 class NumericsChecks(KitBase):

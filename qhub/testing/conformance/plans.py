@@ -50,7 +50,9 @@ class PlanChecks(KitBase):
         real = {name: weight.quant_layout for name, weight in quantized_weights(model).items()}
         infos = [info for name, info in find_weights(bench.meta_model(subject.architecture)).items() if name in real]
         config = model.hf_quantizer.quantization_config
-        plans = [registry.call(self.method, "qhub_plan", config=config, weights=infos) for _ in range(2)]
+        plans = [
+            registry.call(self.method, "qhub_plan", config=config, weights=infos, model_config=None) for _ in range(2)
+        ]
         assert dict(plans[0]) == dict(plans[1]), "two calls of qhub_plan with the same arguments differ"
         for info in infos:
             planned = plans[0].get(info.name)

@@ -72,7 +72,8 @@ def weighed(q, scale, zero, v):
     elif v.mode == VALUE:
         w = rounded(mul(rounded(sub(q, near_zero(zero, v)), v), s), v)
     else:
-        w = rounded(add(rounded(mul(q, s), v), near_zero(zero, v)), v)
+        code = sub(q, broadcast(float32(v.zero_point))) if v.zero_point != 0.0 else q
+        w = rounded(add(rounded(mul(code, s), v), near_zero(zero, v)), v)
     return rounded(mul(w, broadcast(float32(v.unit))), v) if v.unit != 1.0 else w
 
 
