@@ -18,6 +18,8 @@ __all__ = ["arm"]
 # quantizers.auto, whose table is then not there yet.
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _CONFIGS = "transformers.utils.quantization_config"
+# What reads config and tokenizer out of a container, in processes that make no model too.
+_READERS = ("transformers.modeling_gguf_pytorch_utils", "transformers.integrations.gguf.reader")
 # Not the package: where PEFT is what imports torch, that is there already and half made.
 _PEFT = "peft.peft_model"
 
@@ -31,6 +33,8 @@ def arm() -> None:
 
         for target in _TARGETS:
             wrapt.register_post_import_hook(_join, target)
+        for target in _READERS:
+            wrapt.register_post_import_hook(_join_readers, target)
         wrapt.register_post_import_hook(_prepare, _CONFIGS)
         wrapt.register_post_import_hook(_join_peft, _PEFT)
     except Exception as error:
@@ -48,6 +52,15 @@ def _join(module: ModuleType) -> None:
         install()
     except Exception as error:
         warnings.warn(f"qhub could not join transformers, so its methods are not registered: {error!r}", stacklevel=2)
+
+
+def _join_readers(module: ModuleType) -> None:
+    try:
+        from qhub.integrations.transformers.containers import wrap_readers
+
+        wrap_readers()
+    except Exception as error:
+        warnings.warn(f"qhub could not join transformers' readers of GGUF files: {error!r}", stacklevel=2)
 
 
 def _join_peft(module: ModuleType) -> None:

@@ -11,11 +11,14 @@ import dataclasses
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qhub.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qhub.layouts import Layout
 
 __all__ = ["ConfigSpec", "MethodConfig", "method_of"]
 
@@ -42,8 +45,13 @@ class ConfigSpec:
     disk. ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is
     one. ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line
     and the demo offer. ``companion``: a file that the method's own tools keep the config in; it is written beside
-    ``config.json`` and read where that says nothing of quantizing. ``from_options``: turns command-line options
-    (``{"bits": 4}``) into config values; None takes them as keys.
+    ``config.json`` and read where that says nothing of quantizing. ``config_key``: a key of ``config.json`` itself
+    under which the method's own tools keep the config, instead of ``quantization_config``; both are written. The
+    package announces the key, too: an entry point in the group ``qhub.config_keys``, ``key = "method"``, says without
+    an import whose it is. ``from_options``: turns command-line options
+    (``{"bits": 4}``) into config values; None takes them as keys. ``record``: called before a model is saved, with the
+    config, the layouts of quantized matrices by their module's name in the file, and the names of the other linear
+    layers and routers; writes into the config what the method's own tools look for there. None: nothing.
     """
 
     cls: type | str
@@ -58,7 +66,9 @@ class ConfigSpec:
     head: str | None = None
     embeddings: str | None = None
     companion: str | None = None
+    config_key: str | None = None
     from_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    record: Callable[[Any, Mapping[str, Layout], Sequence[str]], None] | None = None
 
     def resolve(self) -> type:
         """Return the config class."""

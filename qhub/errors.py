@@ -8,6 +8,7 @@
     ├── ConfigError            a quantization config holds an unknown key or an impossible value
     ├── CheckpointError        a file or tensor on disk is not what its config says
     ├── LayoutError            tensors do not fit the layout that is to hold them
+    ├── LossError              numbers cannot be said on another layout without changing them
     ├── KernelError            a forced kernel cannot run here, or a kernel disagrees with the reference
     └── UnsupportedError       the operation has no meaning for a quantized weight
 
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "KernelError",
     "LayoutError",
+    "LossError",
     "PluginError",
     "QhubError",
     "UnknownMethodError",
@@ -50,6 +52,10 @@ class CheckpointError(QhubError):
 
 class LayoutError(QhubError, ValueError):
     """Says which tensor does not fit its layout, what was found and what was expected."""
+
+
+class LossError(QhubError):
+    """Says why the numbers of one layout cannot be written on another without a loss."""
 
 
 class KernelError(QhubError):

@@ -116,10 +116,14 @@ def load_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
+    from qhub.integrations.transformers.companions import complete
+
     try:
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"the config.json of {model} is none that transformers reads: {error}") from error
+    complete(config)
+    return config
 
 
 def load_model(model: str, **options: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.layouts import Layout
+    from qhub.plan import WeightInfo
 
-__all__ = ["Container"]
+__all__ = ["Container", "Packed"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Is one quantized parameter: a layout of one matrix, and its parts, with a leading dimension where experts are
+    fused."""
+
+    layout: Layout
+    parts: Mapping[str, Tensor]
 
 
 class Container(ABC):
@@ -35,18 +46,12 @@ class Container(ABC):
         """Return whether the file stores the input embeddings quantized."""
 
     @abstractmethod
-    def tensors(self, model: Any, weights: Mapping[str, WeightInfo]) -> dict[str, Tensor]:
-        """Return every tensor for ``model`` by checkpoint key, as safetensors files would hold it.
+    def parameters(self, model: Any, weights: Mapping[str, WeightInfo]) -> dict[str, Tensor | Packed]:
+        """Return every parameter and buffer that the file holds for ``model``, by the model's own name.
 
-        A weight among ``weights``, by parameter name, that is stored quantized comes as the entries of the method's
-        format (``X.blocks``), lying in the file where possible; anything else as a plain tensor under its own name.
-        Raises :class:`qhub.errors.CheckpointError` naming the tensor and the file.
+        One among ``weights`` that is stored quantized comes packed, lying in the file where possible; anything else as
+        a plain tensor. Raises :class:`qhub.errors.CheckpointError` naming the tensor and the file.
         """
-
-    @abstractmethod
-    def plan(self, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan | Skip]:
-        """Return how each of ``weights`` is stored; names are those of parameters or of checkpoint keys with
-        ``.weight``."""
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

@@ -53,6 +53,12 @@ class Format(ABC):
     def names(self) -> frozenset[str]:
         """Return every local name that the format can use, for whatever layout."""
 
+    @property
+    def passengers(self) -> frozenset[str]:
+        """Return the local names of tensors that belong to no weight and have no place in a model (scales of the
+        key-value cache): they are carried along and written back."""
+        return frozenset()
+
     def check(self, layout: Layout, entries: Mapping[str, Tensor], settings: str) -> None:
         """Raise :class:`LayoutError` unless what :meth:`entries` requires is there, all of the declared shapes and
         dtypes.

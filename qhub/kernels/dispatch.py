@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import KernelError
-from qhub.kernels import reference
+from qhub.kernels import reference, scaled_mm
 from qhub.kernels.spec import KernelSpec, Problem
 from qhub.layouts import Layout, Parts
 from qhub.registry import registry
@@ -65,14 +65,15 @@ _choices: dict[tuple[Problem, str | None], Choice] = {}
 
 
 def kernels() -> dict[str, KernelSpec]:
-    """Return every kernel that an installed plugin offers, by name; asked once per process.
+    """Return every kernel of the core or of an installed plugin, by name; asked once per process.
 
     A name offered twice is refused the second time, with a warning.
     """
     global _offered
     with _lock:
         if _offered is None:
-            offered: dict[str, KernelSpec] = {}
+            # Those of the core are for GPUs; elsewhere they would only be one more reason to read.
+            offered: dict[str, KernelSpec] = {scaled_mm.SPEC.name: scaled_mm.SPEC} if torch.cuda.is_available() else {}
             for plugin, specs in registry.broadcast("qhub_kernels"):
                 for spec in specs:
                     if spec.name in offered or spec.name == REFERENCE:

@@ -36,7 +36,7 @@ class KernelSpec:
     types; empty for any. ``dtypes``: names of the input's dtypes; empty for any. ``bits``: code widths; empty for any.
     ``max_m``: most rows it should be used for; None for any. ``divides``: what N, K or the group must be a multiple of.
     ``transforms``: whether it takes layouts with transforms. ``activations``: activation schemes it computes, by
-    :attr:`qhub.layouts.Activation.scheme`.
+    :attr:`qhub.layouts.Activation.scheme`; empty: those that ``accepts`` lets through.
     ``accepts``: ``"module:function"`` called with the :class:`Problem`, returning a reason to refuse or None; for what
     data cannot say. ``rank``: among kernels that no measurement has ordered, the highest goes first; the reference has
     0. ``version``: raise it when results or speed change.
@@ -71,7 +71,7 @@ class KernelSpec:
             return f"takes {sorted(self.bits)} bits, not {bits}"
         if layout.transforms and not self.transforms:
             return f"takes no transforms, this has {[f'{t.side} {t.kind}' for t in layout.transforms]}"
-        if layout.activation.scheme not in self.activations:
+        if self.activations and layout.activation.scheme not in self.activations:
             return f"computes activations {sorted(self.activations)}, not {layout.activation.scheme!r}"
         for name, multiple in self.divides:
             value = {"N": layout.out_features, "K": layout.in_features}.get(name)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
+from qhub.layouts.powers import powers_above, shared_exponents
 
 if TYPE_CHECKING:
     from qhub.layouts.base import PartSpec
 
-__all__ = ["FLOAT4", "Activation", "round_float4", "rounded_input"]
+__all__ = ["FLOAT4", "Activation", "float8_input", "round_float4", "rounded_input"]
 
 # E2M1, the values of 4-bit floats (OCP Microscaling Formats 1.0, table 5): code 0 to 7; 8 to 15 are their negatives.
 FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -34,11 +35,12 @@ class Activation:
     ``granularity``: what shares a scale: a ``"row"`` of x (M, K), the whole ``"tensor"``, or a ``"group"`` of ``group``
     neighbours in a row. ``static``: the scale is the part ``input_scale`` (), found by calibration; False: it is the
     largest magnitude over ``top``. ``symmetric``: False for integers with a zero, the part ``input_zero`` () where
-    static. ``top``: the code that the largest magnitude gets; None: the format's largest. ``limit``: magnitudes
-    above it saturate instead of widening a dynamic scale; None: none do. ``scale_format``: the scales of groups are
-    rounded to it; for ``"e4m3fn"`` under the part ``input_global_scale`` (), which divides: scale = e4m3(absmax / top
-    * global) / global. ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0 turns
-    that off (LLM.int8(), Dettmers et al. 2022, section 3; int8 rows only).
+    static. ``top``: the code that the largest magnitude gets; None: the format's largest. ``limit``: magnitudes above
+    it saturate instead of widening a dynamic scale; None: none do. ``scale_format``: the scales of groups are rounded
+    to it, those of rows and tensors too: ``"e8m0fnu"`` as in OCP's formats, ``"ue8m0"`` up to a power of two
+    (DeepSeek-V3.1, INC); for ``"e4m3fn"`` under the part ``input_global_scale`` (), which divides: scale = e4m3(absmax
+    / top * global) / global. ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0
+    turns that off (LLM.int8(), Dettmers et al. 2022, section 3; int8 rows only).
     """
 
     kind: Literal["none", "int8", "float8", "float4"] = "none"
@@ -51,7 +53,7 @@ class Activation:
     format: Literal["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"] = "e4m3fn"
     top: float | None = None
     limit: float | None = None
-    scale_format: Literal["float32", "e4m3fn", "e8m0fnu"] = "float32"
+    scale_format: Literal["float32", "e4m3fn", "e8m0fnu", "ue8m0"] = "float32"
 
     def __post_init__(self) -> None:
         if (self.granularity == "group") != (self.group > 0):
@@ -118,6 +120,23 @@ def rounded_input(x: Tensor, activation: Activation, parts: Mapping[str, Tensor]
     return _rounded(x.reshape(1, -1), activation, parts).reshape(m, k)
 
 
+def float8_input(x: Tensor, activation: Activation, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return float8 codes (M, K) of ``x`` (M, K) and their scales float32, (M, 1) or, one for all, (1, 1).
+
+    Codes times scales are :func:`rounded_input`. For float8 schemes by rows and tensors.
+    """
+    x = x.float()
+    if activation.static:
+        scale = parts["input_scale"].float().reshape(1, 1)
+    elif activation.granularity == "row":
+        scale = _scale(x, activation, parts)
+    else:
+        scale = _scale(x.reshape(1, -1), activation, parts)
+    ratio = x / torch.where(scale == 0, torch.ones_like(scale), scale)
+    dtype = getattr(torch, f"float8_{activation.format}")
+    return ratio.clamp_(-activation.largest, activation.largest).to(dtype), scale
+
+
 def _rounded(x: Tensor, activation: Activation, parts: Mapping[str, Tensor]) -> Tensor:
     """Round ``x`` with one scale for each vector along its last dimension."""
     if not activation.symmetric:
@@ -133,9 +152,9 @@ def _scale(x: Tensor, activation: Activation, parts: Mapping[str, Tensor]) -> Te
         absmax = absmax.clamp_max(activation.limit)
     scale = absmax / (activation.top or activation.largest)
     if activation.scale_format == "e8m0fnu":
-        # OCP Microscaling Formats 1.0, section 6.3: the exponent of the largest magnitude less that of the format's.
-        exponent = torch.floor(torch.log2(absmax)) - float(torch.tensor(activation.largest).log2().floor())
-        scale = torch.where(absmax == 0, torch.ones_like(scale), torch.exp2(exponent.clamp(-127, 127)))
+        scale = shared_exponents(absmax, activation.largest).float()
+    elif activation.scale_format == "ue8m0":
+        scale = torch.where(absmax == 0, torch.ones_like(scale), powers_above(scale).float())
     elif activation.scale_format == "e4m3fn":
         over = parts["input_global_scale"].float()
         scale = (scale * over).clamp_max(torch.finfo(torch.float8_e4m3fn).max).to(torch.float8_e4m3fn).float() / over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,11 +18,10 @@ from qhub.layouts.columns import BlockColumns
 from qhub.layouts.grid import Grid
 from qhub.layouts.nested import FLOATS, Nested, scale_codes, scale_specs, scale_values
 from qhub.layouts.packing import pack, packed_length, unpack
+from qhub.layouts.vectors import Book, FoldedBook, PlainBook
 
 __all__ = ["Codebook"]
 
-# How many distances are held at once while searching the nearest vectors: 4 M float32 = 16 MB, near to a cache's size.
-_SEARCH_ELEMENTS = 1 << 22
 # How often every codebook is searched again: on Gaussian weights under random codebooks (2x8, 3x6 and 4x8 bits) a
 # third sweep takes under 0.1 % off the squared error..
 _SWEEPS = 2
@@ -31,12 +31,16 @@ _SWEEPS = 2
 class Codebook(Layout):
     """Stores blocks of ``out_group`` x ``in_group`` weights as sums of vectors, one from each codebook.
 
-    Parts: ``codes`` (N/out_group, K/in_group, C), int8 where all ``nbits`` are at most 8, else int16: the two's
-    complement of the unsigned code; ``codebooks`` (C, 2**max(nbits), out_group, in_group) float; ``scales`` of
+    Parts: ``codes`` (N/out_group, K/in_group, C), int8 where all ``nbits`` are at most 8, int16 where none is: the
+    two's complement of the unsigned code; where some are, int8 with one or two bytes a code, the low one first.
+    ``codebooks`` (C, rows, out_group, in_group) float, rows being 2**nbits of the largest; ``scales`` of
     ``grid.scale_shape``; with ``signs``, ``signs`` (N, packed_length(K, 1)) uint8, a set bit negates that weight.
 
     ``nbits``: of each codebook's code; a shorter codebook is padded with rows that no code reaches. ``shared``: True
-    where all matrices of a batch use the same codebooks (a lattice), False where each has its own.
+    where all matrices of a batch use the same codebooks (a lattice), False where each has its own. ``folded``: for each
+    codebook, the shift of a :class:`qhub.layouts.vectors.FoldedBook`, whose codes' low ``in_group`` bits are signs and
+    which has 2**(nbits - in_group) rows; None for one that lists every vector. ``divisors``: what each codebook's
+    vectors are divided by (a residual's scale). Empty: none is folded, none divided.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -47,6 +51,8 @@ class Codebook(Layout):
     grid: Grid
     shared: bool = False
     signs: bool = False
+    folded: tuple[float | None, ...] = ()
+    divisors: tuple[float, ...] = ()
     scales_nested: Nested | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +63,15 @@ class Codebook(Layout):
                 f"blocks of {self.out_group}x{self.in_group} weights do not divide "
                 f"a {self.out_features}x{self.in_features} matrix"
             )
+        for name in ("folded", "divisors"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.nbits):
+                raise LayoutError(f"{name}={getattr(self, name)} of a layout with {len(self.nbits)} codebooks")
+        if any(shift is not None for shift in self.folded) and (self.out_group != 1 or min(self.nbits) < self.in_group):
+            raise LayoutError(
+                f"codes of {self.nbits} bits cannot carry the signs of blocks of {self.out_group}x{self.in_group}"
+            )
+        if not all(math.isfinite(divisor) and divisor > 0 for divisor in self.divisors):
+            raise LayoutError(f"codebooks are divided by numbers above zero, asked for {self.divisors}")
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -66,16 +81,31 @@ class Codebook(Layout):
     @property
     def code_dtype(self) -> torch.dtype:
         """Return the dtype of the codes."""
-        return torch.int8 if max(self.nbits) <= 8 else torch.int16
+        return torch.int8 if min(self.nbits) <= 8 else torch.int16
+
+    @property
+    def _bytes(self) -> tuple[int, ...] | None:
+        """Return how many bytes each code takes where that differs; None where all have one integer each."""
+        sizes = tuple(1 if bits <= 8 else 2 for bits in self.nbits)
+        return sizes if len(set(sizes)) > 1 else None
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        """Return how many rows of its table each codebook uses."""
+        folded = self.folded or (None,) * len(self.nbits)
+        return tuple(
+            2 ** (bits if shift is None else bits - self.in_group)
+            for bits, shift in zip(self.nbits, folded, strict=True)
+        )
 
     def scale_tensors(self) -> dict[str, Nested | None]:
         return {"scales": self.scales_nested}
 
     def core_specs(self) -> dict[str, PartSpec]:
         blocks = (self.out_features // self.out_group, self.in_features // self.in_group)
-        books = (len(self.nbits), 2 ** max(self.nbits), self.out_group, self.in_group)
+        books = (len(self.nbits), max(self._rows), self.out_group, self.in_group)
         specs = {
-            "codes": PartSpec((*blocks, len(self.nbits)), (self.code_dtype,)),
+            "codes": PartSpec((*blocks, sum(self._bytes or (1,) * len(self.nbits))), (self.code_dtype,)),
             "codebooks": PartSpec(books, FLOATS, batched=not self.shared),
             **scale_specs("scales", self.scale_shape, self.scales_nested),
         }
@@ -85,15 +115,35 @@ class Codebook(Layout):
 
     def indices(self, parts: Parts) -> Tensor:
         """Return the unsigned codes (..., N/out_group, K/in_group, C) int64."""
-        mask = torch.tensor([2**bits - 1 for bits in self.nbits], device=parts["codes"].device)
-        return parts["codes"].to(torch.int64) & mask
+        codes = parts["codes"].to(torch.int64)
+        if self._bytes is not None:
+            unsigned = (codes & 255).split(self._bytes, dim=-1)
+            codes = torch.stack([one[..., 0] if one.shape[-1] == 1 else _word(one) for one in unsigned], dim=-1)
+        return codes & torch.tensor([2**bits - 1 for bits in self.nbits], device=codes.device)
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Return the part ``codes`` for unsigned ``codes`` (..., C) int64."""
+        if self._bytes is not None:
+            pieces = [codes[..., index] >> 8 * byte for index, size in enumerate(self._bytes) for byte in range(size)]
+            codes = torch.stack(pieces, dim=-1)
+        return codes.to(self.code_dtype)
 
     def check_values(self, parts: Parts) -> None:
         super().check_values(parts)
         codes = parts["codes"]
-        width = 8 if self.code_dtype == torch.int8 else 16
         if codes.device.type == "meta":
             return
+        if self._bytes is not None:
+            outside = [
+                _word(one) >= 2**bits if size > 1 else (one[..., 0] >= 2**bits)
+                for one, size, bits in zip(
+                    (codes.to(torch.int64) & 255).split(self._bytes, dim=-1), self._bytes, self.nbits, strict=True
+                )
+            ]
+            if any(bool(one.any()) for one in outside):
+                raise LayoutError(f"tensor 'codes' holds a code outside codebooks of {self.nbits} bits")
+            return
+        width = 8 if self.code_dtype == torch.int8 else 16
         unsigned = codes.to(torch.int64) & (2**width - 1)
         for index, bits in enumerate(self.nbits):
             # Both readings of an int8/int16 are in use: unsigned below 2**bits, or two's complement of `bits` bits.
@@ -103,19 +153,27 @@ class Codebook(Layout):
                 worst = int(signed[~ok].flatten()[0])
                 raise LayoutError(f"tensor 'codes' holds {worst}, outside the {2**bits} entries of codebook {index}")
 
+    def _books(self, codebooks: Tensor) -> list[Book]:
+        """Return the books of one matrix, ``codebooks`` (C, rows, out_group, in_group), vectors flattened."""
+        tables = codebooks.float().flatten(-2)
+        folded, divisors = self.folded or (None,) * len(self.nbits), self.divisors or (1.0,) * len(self.nbits)
+        books: list[Book] = []
+        for table, rows_used, shift, divisor in zip(tables, self._rows, folded, divisors, strict=True):
+            used = table[:rows_used] if divisor == 1.0 else table[:rows_used] / divisor
+            books.append(PlainBook(used) if shift is None else FoldedBook(used, shift / divisor))
+        return books
+
     def _lookup(self, parts: Parts, indices: Tensor) -> Tensor:
         """Return sum_c codebook_c[code_c] as (..., N, K) float32."""
-        books = parts["codebooks"].float()
+        books = parts["codebooks"]
         if self.shared or books.ndim == 4:
-            vectors = sum(books[c][indices[..., c]] for c in range(len(self.nbits)))
+            vectors = _sum_of(self._books(books), indices)
         else:
             batch = indices.shape[:-3]
-            flat_books, flat = books.flatten(0, len(batch) - 1), indices.flatten(0, len(batch) - 1)
-            vectors = torch.stack(
-                [sum(b[c][i[..., c]] for c in range(len(self.nbits))) for b, i in zip(flat_books, flat, strict=True)]  # type: ignore[misc]
-            )
-            vectors = vectors.reshape(*batch, *vectors.shape[1:])
-        assert isinstance(vectors, Tensor)
+            flat = books.flatten(0, len(batch) - 1), indices.flatten(0, len(batch) - 1)
+            each = [_sum_of(self._books(one), codes) for one, codes in zip(*flat, strict=True)]
+            vectors = torch.stack(each).unflatten(0, batch)
+        vectors = vectors.unflatten(-1, (self.out_group, self.in_group))
         return vectors.transpose(-3, -2).reshape(*indices.shape[:-3], self.out_features, self.in_features)
 
     def _signs(self, parts: Parts) -> Tensor:
@@ -164,13 +222,13 @@ class Codebook(Layout):
             self.in_group,
         )
         blocks = blocks.transpose(-3, -2).flatten(-2)
-        books, old = parts["codebooks"].float().flatten(-2), self.indices(parts)
+        books, old = parts["codebooks"], self.indices(parts)
         if batch and not self.shared:
             flat = (blocks.flatten(0, len(batch) - 1), books.flatten(0, len(batch) - 1), old.flatten(0, len(batch) - 1))
             codes = torch.stack([self._search(*one) for one in zip(*flat, strict=True)]).reshape(old.shape)
         else:
             codes = self._search(blocks, books, old)
-        result["codes"] = codes.to(self.code_dtype)
+        result["codes"] = self.stored_codes(codes)
         return result
 
     def columns(self, parts: Parts) -> BlockColumns:
@@ -201,13 +259,14 @@ class Codebook(Layout):
         return written
 
     def _search(self, blocks: Tensor, books: Tensor, old: Tensor) -> Tensor:
-        """Return codes (..., C) int64 for ``blocks`` (..., out_group * in_group), ``old`` being those they have now."""
+        """Return codes (..., C) int64 for ``blocks`` (..., out_group * in_group), ``old`` being those they have now;
+        ``books``: the part ``codebooks`` of one matrix."""
         target = blocks.reshape(-1, blocks.shape[-1])
-        used = [books[index][: 2**bits] for index, bits in enumerate(self.nbits)]
+        used = self._books(books)
         left, found = target, []
         for book in used:
-            found.append(_nearest_rows(left, book))
-            left = left - book[found[-1]]
+            found.append(book.nearest(left))
+            left = left - book.vectors(found[-1])
         codes = torch.stack(found, dim=-1)
         if len(used) > 1:
             starts = (old.reshape(codes.shape), codes)
@@ -235,27 +294,31 @@ class Codebook(Layout):
         return {**result, "signs": torch.cat([p["signs"] for p in parts], dim=-2)} if self.signs else result
 
 
-def _nearest_rows(points: Tensor, book: Tensor) -> Tensor:
-    """Return the index (count,) of the row of ``book`` nearest to each of ``points`` (count, width)."""
-    # |p - v|^2 is least where p.v - |v|^2 / 2 is largest: one product per chunk, with the norm as one more coordinate.
-    rows = torch.cat([book, book.square().sum(-1, keepdim=True) / -2], dim=-1).T
-    lifted = torch.nn.functional.pad(points, (0, 1), value=1.0)
-    step = max(1, _SEARCH_ELEMENTS // book.shape[0])
-    return torch.cat([(chunk @ rows).argmax(-1) for chunk in lifted.split(step)])
+def _word(two: Tensor) -> Tensor:
+    """Return the 16-bit number whose low and high bytes are ``two`` (..., 2) int64."""
+    return two[..., 0] | two[..., 1] << 8
 
 
-def _descend(target: Tensor, books: list[Tensor], codes: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_of(books: list[Book], codes: Tensor) -> Tensor:
+    """Return the sum (..., width) of one vector from each of ``books``; ``codes``: (..., C) int64."""
+    total = books[0].vectors(codes[..., 0])
+    for index, book in enumerate(books[1:], 1):
+        total = total + book.vectors(codes[..., index])
+    return total
+
+
+def _descend(target: Tensor, books: list[Book], codes: Tensor) -> tuple[Tensor, Tensor]:
     """Improve ``codes`` (count, C) one codebook at a time; return them and their squared errors (count,)."""
     codes = codes.clone()
-    left = target - sum(book[codes[:, index]] for index, book in enumerate(books))
+    left = target - _sum_of(books, codes)
     error = left.square().sum(-1)
     for _ in range(_SWEEPS):
         for index, book in enumerate(books):
-            without = left + book[codes[:, index]]
-            found = _nearest_rows(without, book)
+            without = left + book.vectors(codes[:, index])
+            found = book.nearest(without)
             # The search compares rounded distances; only a real gain may change a code.
-            gained = (without - book[found]).square().sum(-1) < error
+            gained = (without - book.vectors(found)).square().sum(-1) < error
             codes[:, index] = torch.where(gained, found, codes[:, index])
-            left = without - book[codes[:, index]]
+            left = without - book.vectors(codes[:, index])
             error = left.square().sum(-1)
     return codes, error

@@ -15,8 +15,9 @@ from qhub.layouts.activations import FLOAT4, Activation, round_float4
 from qhub.layouts.base import Parts
 from qhub.layouts.grid import Grid
 from qhub.layouts.lookup import Lookup
-from qhub.layouts.nested import Nested, shared_exponents
+from qhub.layouts.nested import Nested
 from qhub.layouts.packing import pack
+from qhub.layouts.powers import shared_exponents
 
 __all__ = ["MXFP4_GROUP", "NVFP4_GROUP", "float4_codes", "float4_table", "mxfp4", "nvfp4", "quantize_float4"]
 

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts.base import PartSpec
+from qhub.layouts.powers import powers_above
 
 __all__ = [
     "FLOATS",
     "SCALES",
     "Nested",
-    "powers_above",
     "scale_codes",
     "scale_specs",
     "scale_values",
-    "shared_exponents",
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -158,22 +157,3 @@ def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)
     return values.to(dtype)
-
-
-def powers_above(values: Tensor) -> Tensor:
-    """Return in E8M0 the smallest powers of two that are not below ``values``, above 0: then no code saturates."""
-    mantissa, exponent = torch.frexp(values.float())
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.exp2(exponent.clamp(-127, 127).float()).to(torch.float8_e8m0fnu)
-
-
-def shared_exponents(absmax: Tensor, largest: float) -> Tensor:
-    """Return scales E8M0 for groups with the largest magnitudes ``absmax``, for codes up to ``largest``.
-
-    OCP Microscaling Formats 1.0, section 6.3: the exponent of the largest magnitude less that of the format's. Groups
-    of zeros get 1.
-    """
-    # frexp gives a mantissa from 1/2 up to 1: its exponent is floor(log2) + 1, exactly.
-    exponent = torch.frexp(absmax.float()).exponent - math.frexp(largest)[1]
-    scale = torch.exp2(exponent.clamp(-127, 127).float())
-    return torch.where(absmax == 0, torch.ones_like(scale), scale).to(torch.float8_e8m0fnu)

@@ -36,8 +36,8 @@ class Transform:
     the vector ``{side}_scale``, ``"divide"`` divides by ``{side}_divisor``; ``"hadamard"`` multiplies by the normalised
     Hadamard matrix of the side's size.
     ``factor``: for ``"hadamard"``, the size q of a given q x q orthogonal factor (part ``{side}_hadamard``) where the
-    size is q times a power of two; 1 means that the size is a power of two. An int8 factor is a Hadamard matrix, entries
-    1 and -1, that is divided by sqrt(q) where it is used.
+    size is q times a power of two; 1 means that the size is a power of two. An int8 factor is a Hadamard matrix,
+    entries 1 and -1, that is divided by sqrt(q) where it is used.
     """
 
     kind: Literal["permute", "scale", "divide", "hadamard"]

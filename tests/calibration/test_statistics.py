@@ -171,3 +171,32 @@ def test_no_block_keeps_products_after_it_is_done(watched, tiny, tokens, monkeyp
         assert all(memory() is None for memory, _ in kept)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_magnitudes_are_maxima_over_all_batches(dtype):
+    from qhub.calibration.statistics import Sums
+
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = Sums(["max_abs", "mean_abs"], 8, torch.device("cpu"))
+    for batch in (x[:4], x[4:20], x[:0], x[20:]):
+        sums.add(batch)
+    values = sums.means()
+    assert torch.equal(values["max_abs"], x.abs().amax(0).float())
+    assert int(values["tokens"]) == 30
+
+
+def test_the_largest_magnitudes_of_a_model_are_those_of_its_inputs(watched, tiny, tokens):
+    folder, samples = tiny("llama"), tokens()
+    config = watched.config(statistics=("max_abs",), options={"data": samples, "sequential": "block", "batch_size": 4})
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    name = next(n for n, _ in model.named_modules() if n.endswith("q_proj"))
+    close(watched.seen[0][2]["max_abs"], inputs_of(folder, name, samples).abs().amax(0))
+
+
+def test_maxima_follow_a_scaled_input_and_say_nothing_where_nothing_was_seen():
+    from qhub.calibration.statistics import neutral, rescaled
+
+    factor = torch.tensor([2.0, 0.5])
+    assert rescaled({"max_abs": torch.tensor([1.0, 4.0])}, factor)["max_abs"].tolist() == [2.0, 2.0]
+    assert neutral(["max_abs"], 2, torch.device("cpu"))["max_abs"].tolist() == [1.0, 1.0]

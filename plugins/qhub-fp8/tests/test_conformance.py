@@ -34,3 +34,39 @@ class TestFbgemmFp8(MethodConformance):
     configs = [{"activation_scale_ub": 1200.0}, {"activation_scale_ub": 2.0, "modules_to_not_convert": ["lm_head"]}]
     bad_configs = [{"activation_scale_ub": -1.0}, {"activation_scale_ub": "much"}]
     native_packages = ("fbgemm_gpu",)
+
+
+class TestInc(MethodConformance):
+    method = "inc"
+    configs = [
+        {"scale_method": "maxabs_hw", "blocklist": {"names": ["lm_head"], "types": []}},
+        {"scale_method": "act_maxabs_pow2_weights_pcs_opt_pow2", "fp8_config": "E5M2", "hp_dtype": "fp32"},
+        {"scale_method": "maxabs_pcs_pow2", "dynamic_quantization": True},
+    ]
+    bad_configs = [
+        {"scale_method": "smoothquant_weights_maxabs_pow2"},
+        {"fp8_config": "E3M4"},
+        {"mode": "GUESS"},
+        {"blocklist": ["lm_head"]},
+        {"scale_method": "maxabs_pcs_pow2"},
+        {"allowlist": {"names": ["("]}},
+    ]
+    native_packages = ("neural_compressor", "habana_frameworks")
+
+
+class TestMxfp4(MethodConformance):
+    method = "mxfp4"
+    configs = [{}]
+    bad_configs = [{"modules_to_not_convert": "lm_head"}]
+    native_packages = ("triton", "kernels")
+    # Normally distributed weights, 32 under a power of two; measured 18.6 dB.
+    min_sqnr = {0: 17.5}
+
+
+class TestNvfp4(MethodConformance):
+    method = "nvfp4"
+    configs = [{}]
+    bad_configs = [{"modules_to_not_convert": "lm_head"}]
+    native_packages = ("kernels",)
+    # Normally distributed weights, 16 under an E4M3 scale; measured 20.6 dB.
+    min_sqnr = {0: 19.5}

@@ -73,6 +73,7 @@ def merge_folder(
 
     from qhub.integrations.peft.streaming import merge_dense
     from qhub.integrations.transformers import install
+    from qhub.integrations.transformers.companions import complete
     from qhub.integrations.transformers.folders import copy_companions, local_folder, model_class
 
     install()
@@ -80,6 +81,7 @@ def merge_folder(
         raise CheckpointError(f"{out} holds files already: choose another folder, or overwrite it")
     folder = local_folder(base, weights=True)
     config = AutoConfig.from_pretrained(folder)
+    complete(config)
     with merging_with(**options):
         if dequantize or getattr(config, "quantization_config", None) is None:
             report = merge_dense(folder, adapter, out)

@@ -17,6 +17,7 @@ from qhub.calibration.stacks import find_stacks
 from qhub.heap import trim
 from qhub.integrations.peft import layers, models
 from qhub.integrations.peft.observing import Observed, observing
+from qhub.integrations.transformers import companions
 from qhub.integrations.transformers.folders import model_class, weight_files
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.saving import name_shards, publish
@@ -33,6 +34,7 @@ def merge_dense(folder: Path, adapter: str, out: Path) -> MergeReport:
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.merging-", dir=out.parent))
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
+        companions.complete(config)
         quantized = getattr(config, "quantization_config", None) is not None
         source = _Packed(folder) if quantized else _Files(folder, staging / "offload")
         report = _merge(source, adapter, staging)
@@ -196,6 +198,7 @@ def _write_config(model: Any, staging: Path) -> None:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    companions.forget(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(staging)
     if model.can_generate():

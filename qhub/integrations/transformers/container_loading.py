@@ -1,5 +1,5 @@
-"""Loads a checkpoint from a container: the file is opened before the model exists, and its tensors go through the same
-router as those of any other checkpoint, as views of the mapped file, so opening one copies nothing.
+"""Loads a checkpoint from a container: the file is opened before the model exists, and what it holds goes into the
+model under the model's own names, as views of the mapped file, so opening one copies nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhub.formats import Container
-from qhub.integrations.transformers.checkpoint import FileTensor
-from qhub.plan import WeightInfo
+from qhub.errors import CheckpointError, LayoutError
+from qhub.formats import Container, Packed
+from qhub.integrations.transformers.routing import missing_names, report
+from qhub.integrations.transformers.weights import put_layers
+from qhub.plan import LayerPlan, WeightInfo
+from qhub.quantizing import Quantization
 from qhub.registry import registry
+from qhub.tensor import QuantizedTensor
 
 __all__ = ["ReadsContainers"]
 
@@ -27,9 +31,11 @@ class ReadsContainers:
 
     method: str
     quantization_config: Any
+    quantization: Quantization
     pre_quantized: bool
+    plan: dict[str, LayerPlan]
     container: Container | None = None
-    _entries: dict[str, Tensor]
+    _state: dict[str, Tensor]
 
     def read_header(self, file: str) -> None:
         """Open the file; transformers calls this before the model is made."""
@@ -49,13 +55,44 @@ class ReadsContainers:
             return {name: "cpu" if place == "disk" else place for name, place in device_map.items()}
         return device_map
 
-    def container_headers(self, model: Any, weights: Mapping[str, WeightInfo]) -> dict[str, FileTensor]:
-        """Return the headers of all tensors, which :meth:`get_state_dict` then hands out."""
+    def take_container(self, model: Any, weights: Mapping[str, WeightInfo]) -> None:
+        """Plan ``model`` as the container's file stores it, and make its tensors ready.
+
+        Raises :class:`CheckpointError` when they are not the model's.
+        """
         assert self.container is not None
-        self._entries = self.container.tensors(model, weights)
         file = self.container.files[0]
-        return {key: FileTensor(key, file, tuple(t.shape), t.dtype) for key, t in self._entries.items()}
+        expected = model.state_dict()
+        problems = []
+        self._state = {}
+        # The model is made on the meta device, and this runs in the middle of that: what is in the file is real.
+        with torch.device("cpu"):
+            found = self.container.parameters(model, weights)
+            for name, value in found.items():
+                info = weights.get(name)
+                if isinstance(value, Packed):
+                    assert info is not None
+                    self.plan[name] = LayerPlan(value.layout)
+                    value = self._quantized(name, value, info, file)
+                if name not in expected:
+                    problems.append(f"{name} has no place in the model")
+                elif (info is None or info.kind != "conv1d") and value.shape != expected[name].shape:
+                    problems.append(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name].shape)}")
+                self._state[name] = value
+        problems += [f"{name} is missing" for name in missing_names(model, set(found))]
+        if problems:
+            raise report(f"{file} does not fit a {type(model).__name__}", problems)
+        put_layers(model, (weights[name] for name in self.plan))
+
+    def _quantized(self, name: str, packed: Packed, info: WeightInfo, file: Path) -> Tensor:
+        layout, policy = packed.layout, self.quantization.policy(packed.layout)
+        try:
+            weight = QuantizedTensor.build(layout, packed.parts, info.dtype, policy=policy)
+            layout.check_values(weight.parts)
+        except LayoutError as error:
+            raise CheckpointError(f"{name} in {file}: {error}. No model was loaded") from error
+        return weight.transpose(-1, -2) if info.transposed else weight
 
     def get_state_dict(self, file: str, model: Any) -> dict[str, Tensor]:
-        """Return the tensors of the file by checkpoint key; transformers calls this after the model is prepared."""
-        return self._entries
+        """Return the tensors of the file by parameter; transformers calls this after the model is prepared."""
+        return self._state

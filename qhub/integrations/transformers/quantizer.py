@@ -17,10 +17,12 @@ from qhub.calibration import CalibrationReport
 from qhub.calibration.engine import Progress
 from qhub.errors import CheckpointError, ConfigError, QhubError, UnsupportedError
 from qhub.integrations import accelerate, peft
-from qhub.integrations.transformers import optimizers, routing
+from qhub.integrations.transformers import companions, optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.container_loading import ReadsContainers
+from qhub.integrations.transformers.conversions import Ready
 from qhub.integrations.transformers.memory import Releaser
+from qhub.integrations.transformers.recording import take_passengers
 from qhub.integrations.transformers.saving import entries_of_model
 from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
 from qhub.plan import LayerPlan, Skip, WeightInfo, matches
@@ -49,7 +51,8 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
     """Quantizes and loads a model with the plugin :attr:`method`.
 
     ``plan``: {parameter: LayerPlan} of the model it worked on. ``skipped``: {parameter: reason}. ``calibration``: what
-    quantizing with statistics found; None for methods without.
+    quantizing with statistics found; None for methods without. ``passengers``: {key: tensor} of the checkpoint that the
+    model has no place for.
     """
 
     method: str
@@ -68,6 +71,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         self._loaded = False
         self.quantization = Quantization(self.method, quantization_config)
         self.calibration: CalibrationReport | None = None
+        self.passengers: dict[str, Tensor] = {}
         if self.replaces:
             info = registry.list()[self.method]
             _say_once(
@@ -129,9 +133,10 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
         if self.pre_quantized:
             self._weights = find_weights(model, self._takes_embeddings())
-            if self.container is not None:
-                self._headers = self.container_headers(model, self._weights)
             self._notice_skips(model, device_map)
+            if self.container is not None:
+                self.take_container(model, self._weights)
+                self._settle_skips()
             return
         self.plan_for(model, device_map)
         self._check_disk(device_map)
@@ -214,6 +219,9 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if self.container is not None:
+            # Its tensors have the model's own names; after loading nothing of them has to be reversed.
+            return weight_conversions if self._loaded else [Ready(self._state)]
         if not self.pre_quantized or self._loaded:
             # Asked again after loading, for an adapter's weights.
             return weight_conversions
@@ -224,6 +232,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             )
         fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
         model = self._model
+        self.passengers = take_passengers(model, self._headers, fmt)
         routes = routing.find_routes(model, self._weights, self._headers, weight_conversions, fmt)
         if not routes:
             eligible = [name for name in self._weights if name not in self.skipped]
@@ -239,10 +248,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             plan = route.sources[0].plan
             assert plan is not None
             self.plan[route.target.name] = plan
-            self.skipped.pop(route.target.name, None)
-        for name in self._weights:
-            if name not in self.plan:
-                self.skipped.setdefault(name, "stored unquantized in the checkpoint")
+        self._settle_skips()
         put_layers(model, (self._weights[name] for name in self.plan))
         renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
 
@@ -253,9 +259,15 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         # First among the conversions: at most one may match a key.
         return [routing.Router(routes, renamings, build), *weight_conversions]
 
+    def _settle_skips(self) -> None:
+        """Make :attr:`skipped` what a checkpoint leaves out of :attr:`plan`."""
+        for name in self._weights:
+            if name in self.plan:
+                self.skipped.pop(name, None)
+            else:
+                self.skipped.setdefault(name, "stored unquantized in the checkpoint")
+
     def _call_plan(self, infos: list[WeightInfo]) -> Mapping[str, Any]:
-        if self.container is not None:
-            return self.container.plan(infos)
         model_config = getattr(self._model, "config", None)
         return registry.call(
             self.method, "qhub_plan", config=self.quantization_config, weights=infos, model_config=model_config
@@ -323,8 +335,10 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             self.releaser.release()
         if self.calibrates:
             self.calibrate(model)
-        self._headers, self._loaded = {}, True
+        self._headers, self._state, self._loaded = {}, {}, True
         self._mark(model)
+        if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
+            self.dequantize(model)
         return result
 
     def adopt(self, model: Any) -> None:
@@ -359,6 +373,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
 
     def remove_quantization_config(self, model: Any) -> None:
         super().remove_quantization_config(model)
+        companions.forget(model.config)
         model.hqq_quantized = False
 
 

@@ -29,12 +29,13 @@ from qhub.integrations.transformers.checkpoint import (
     read_metadata,
     sort_entries,
 )
+from qhub.integrations.transformers.conversions import ExactConversion
 from qhub.layouts import Layout
 from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, WeightInfo
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["Route", "Router", "Source", "find_routes", "report"]
+__all__ = ["Route", "Router", "Source", "find_routes", "missing_names", "report"]
 
 _SHOWN = 6
 
@@ -209,28 +210,33 @@ class _Names:
                     f"{key} in {tensor.file.name} has dtype {tensor.dtype}, expected {expected.dtype} (or its scales "
                     "are missing)"
                 )
-        return problems + [f"{name} is missing" for name in self._missing(covered)]
+        return problems + [f"{name} is missing" for name in missing_names(self.model, covered)]
 
-    def _missing(self, covered: set[str]) -> list[str]:
-        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        excused = _expressions(self.model, "_keys_to_ignore_on_load_missing")
-        prefix = self.model.base_model_prefix
-        missing = []
-        for name in self.meta:
-            partners = {tied.get(name, name), *(key for key, value in tied.items() if value == name)}
-            if name in covered or partners & covered or any(re.search(e, name) for e in excused):
-                continue
-            in_base = not prefix or not hasattr(self.model, prefix) or name.startswith(f"{prefix}.")
-            if self.same_class or in_base:
-                missing.append(name)
-        return missing
+
+def missing_names(model: Any, covered: set[str]) -> list[str]:
+    """Return the parameters and buffers of ``model`` that a checkpoint should have, and has not with those
+    ``covered``."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    excused = _expressions(model, "_keys_to_ignore_on_load_missing")
+    prefix = model.base_model_prefix
+    architectures = model.config.architectures or []
+    same_class = not architectures or type(model).__name__ in architectures
+    missing = []
+    for name in model.state_dict():
+        partners = {tied.get(name, name), *(key for key, value in tied.items() if value == name)}
+        if name in covered or partners & covered or any(re.search(e, name) for e in excused):
+            continue
+        in_base = not prefix or not hasattr(model, prefix) or name.startswith(f"{prefix}.")
+        if same_class or in_base:
+            missing.append(name)
+    return missing
 
 
 def _expressions(model: Any, attribute: str) -> list[str]:
     return list(getattr(model, attribute, None) or [])
 
 
-class Router(host.WeightConverter):
+class Router(ExactConversion):
     """Is the conversion that builds quantized parameters from their stored entries.
 
     One instance knows all routes; transformers copies it once per parameter, so a copy shares the tables and holds only
@@ -238,51 +244,17 @@ class Router(host.WeightConverter):
     """
 
     def __init__(self, routes: list[Route], renamings: list[Any], build: Any) -> None:
-        # The base class compiles its patterns to one expression; exact lookups need none, so it is not initialised.
-        self._adopt(routes, {}, build)
+        table: dict[str, tuple[str, str]] = {}
         for route in routes:
             for source in route.sources:
                 for tensor in source.weight.entries.values():
                     key = tensor.key
                     for renaming in renamings:
                         key, _ = renaming.rename_source_key(key)
-                    self.table[key] = (route.target.name, tensor.key)
-        object.__setattr__(self, "source_patterns", [tensor_key for _, tensor_key in self.table.values()])
-
-    def _adopt(self, routes: list[Route], table: dict[str, tuple[str, str]], build: Any) -> None:
-        slots: dict[str, Any] = {
-            "source_patterns": [],
-            "target_patterns": [""],
-            "compiled_sources": None,
-            "distributed_operation": None,
-            "quantization_operation": None,
-            "collected_tensors": defaultdict(list),
-            "layer_targets": defaultdict(set),
-            "_original_source_patterns": [],
-            "_original_target_patterns": [],
-            "_was_used": False,
-            "scope_prefix": None,
-            "base_model_prefix": None,
-            "operations": [host._IdentityOp()],
-            "force_cpu": False,
-        }
-        for name, value in slots.items():
-            object.__setattr__(self, name, value)
-        self.routes = {route.target.name: route for route in routes} if isinstance(routes, list) else routes
-        self.table = table
+                    table[key] = (route.target.name, tensor.key)
+        super().__init__(table)
+        self.routes = {route.target.name: route for route in routes}
         self.build = build
-
-    def __deepcopy__(self, memo: Any) -> Router:
-        copy = object.__new__(Router)
-        copy._adopt(self.routes, self.table, self.build)  # type: ignore[arg-type]
-        return copy
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return self.table.get(source_key, (source_key, None))
-
-    def was_used(self) -> bool:
-        # False: saving reverses conversions that were used, and quantized weights have a way of their own.
-        return False
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         tensor = next(
@@ -301,7 +273,7 @@ class Router(host.WeightConverter):
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
     ) -> dict[str, nn.Parameter]:
         # Raised errors end the loading: transformers would note them, fill in random weights and go on.
-        collected = {key: tensors[0] for key, tensors in self._materialized().items()}
+        collected = {key: tensors[0] for key, tensors in self.materialized().items()}
         route = self.routes[layer_name]
         dtype = model.get_parameter_or_buffer(layer_name).dtype
         devices = {tensor.device for tensor in collected.values()}
@@ -313,15 +285,6 @@ class Router(host.WeightConverter):
             matrices[source.pattern].append(self.build(source, entries, dtype))
         value = self._join(route, matrices, layer_name, model, config)
         return {layer_name: nn.Parameter(value, requires_grad=False)}
-
-    def _materialized(self) -> dict[str, list[Tensor]]:
-        for key, tensors in self.collected_tensors.items():
-            self.collected_tensors[key] = [
-                t.result() if isinstance(t, Future) else t() if callable(t) else t for t in tensors
-            ]
-        result: dict[str, Any] = dict(self.collected_tensors)
-        self.collected_tensors.clear()
-        return result
 
     def _join(self, route: Route, matrices: dict[str | None, list[Any]], name: str, model: Any, config: Any) -> Any:
         if route.converter is None:

@@ -20,6 +20,7 @@ from transformers import core_model_loading as host
 
 from qhub.errors import CheckpointError, UnsupportedError
 from qhub.formats import Format
+from qhub.integrations.transformers.recording import record_config
 from qhub.layouts import Layout
 from qhub.registry import registry
 from qhub.sharding import QuantizedShard
@@ -62,6 +63,7 @@ def entries_of_model(
                 quantized[name] = value if value.device.type != "meta" else _offloaded(model, name)
         else:
             state[name] = value
+    dense = list(state)
     state = remove_tied_weights_from_state_dict(state, model)
     result = host.revert_weight_conversion(model, state) if original_names else state
     written: set[int] = set()
@@ -77,7 +79,9 @@ def entries_of_model(
                 storage = entry.untyped_storage().data_ptr()
                 result[f"{prefix}.{local}"] = entry.clone() if storage in written else entry
                 written.add(storage)
-    return result, fmt.metadata(stored, list(state))
+    if only is None:
+        result |= getattr(model.hf_quantizer, "passengers", {})
+    return result, fmt.metadata(stored, dense)
 
 
 def _offloaded(model: Any, name: str) -> QuantizedTensor:
@@ -124,6 +128,7 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     try:
+        record_config(model)
         write_card(model, staging, previous=target / "README.md")
         if registry.has(model.hf_quantizer.method, "qhub_save"):
             save_container(model, staging, given["max_shard_size"])
@@ -164,10 +169,17 @@ def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
 
 
 def write_companion(model: Any, folder: Path) -> None:
-    """Write the config once more under the name that the method's own tools look for, if they have one."""
-    name = model.hf_quantizer.spec.companion
+    """Write the config once more where the method's own tools look for it, if they have a file or a key for it."""
+    name, key = model.hf_quantizer.spec.companion, model.hf_quantizer.spec.config_key
+    values = model.hf_quantizer.quantization_config.to_dict()
+    if key is not None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        known = config.get(key) or {}
+        own = {k: v for k, v in values.items() if k != "quant_method" and (v is not None or k in known)}
+        config[key] = {**known, **own}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if name is not None:
-        values = model.hf_quantizer.quantization_config.to_dict()
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 

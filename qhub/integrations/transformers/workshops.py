@@ -19,6 +19,7 @@ from qhub.calibration.products import Key
 from qhub.calibration.report import LayerReport
 from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers.memory import Releaser
+from qhub.integrations.transformers.recording import record_config
 from qhub.integrations.transformers.saving import entries_of_model, name_shards, publish, write_companion
 from qhub.integrations.transformers.weights import put_layers, set_tensor
 from qhub.layouts import Layout
@@ -251,6 +252,7 @@ class FolderWorkshop:
         # The class that save_pretrained would name.
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
+        record_config(model)
         model.config.save_pretrained(staging)
         if model.can_generate():
             model.generation_config.save_pretrained(staging)

@@ -28,8 +28,8 @@ class KernelChecks(KitBase):
         """Give a function that offers a kernel for the layouts of some weights, until the test ends."""
 
         def register(name: str, function: str, weights: list[QuantizedTensor]) -> None:
-            kinds = {weight.quant_layout.kind for weight in weights}
-            registry.register(sabotage.Offer(name, function, kinds), _PLUGIN, KERNEL_GROUP)
+            layouts = [weight.quant_layout for weight in weights]
+            registry.register(sabotage.Offer(name, function, layouts), _PLUGIN, KERNEL_GROUP)
             dispatch.forget()
 
         monkeypatch.delenv("QHUB_KERNEL", raising=False)

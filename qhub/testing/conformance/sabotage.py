@@ -31,19 +31,20 @@ def wrong(x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None) -> Tenso
 
 
 class Offer:
-    """Is a kernel plugin: offers a function of this module for layouts of ``kinds``, before any other kernel."""
+    """Is a kernel plugin: offers a function of this module for ``layouts``, before any other kernel."""
 
-    def __init__(self, name: str, function: str, kinds: Iterable[str]) -> None:
+    def __init__(self, name: str, function: str, layouts: Iterable[Layout]) -> None:
+        listed = list(layouts)
         self._specs = [
             KernelSpec(
                 name=f"{name}-{kind}",
                 impl=f"{__name__}:{function}",
                 layout=kind,
                 transforms=True,
-                activations=frozenset({"none", "int8", "float8"}),
+                activations=frozenset(layout.activation.scheme for layout in listed),
                 rank=1_000_000,
             )
-            for kind in sorted(kinds)
+            for kind in sorted({layout.kind for layout in listed})
         ]
 
     @hookimpl

@@ -35,6 +35,15 @@ def label(values: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in values.items()) or "defaults"
 
 
+def _stored_config(folder: Path) -> dict[str, Any]:
+    from qhub.integrations.transformers.companions import config_under_key
+
+    values = json.loads((folder / "config.json").read_text())
+    found = values.get("quantization_config") or config_under_key(values)
+    assert found, f"{folder}/config.json holds no quantization config"
+    return found
+
+
 class KitBase:
     """Holds what an author sets; :class:`qhub.testing.MethodConformance` brings the tests.
 
@@ -77,9 +86,7 @@ class KitBase:
     @classmethod
     def all_configs(cls) -> list[dict[str, Any]]:
         """Return :attr:`configs`, then those of the checkpoints."""
-        stored = [
-            json.loads((folder / "config.json").read_text())["quantization_config"] for folder in cls.checkpoints()
-        ]
+        stored = [_stored_config(folder) for folder in cls.checkpoints()]
         return [{k: v for k, v in values.items() if k != "quant_method"} for values in (*cls.configs, *stored)]
 
     @classmethod

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qhub.errors import ConfigError
-from qhub.layouts import Activation, Affine, Float8, Grid, Layout, Lookup, Transform
+import torch
+from torch import Tensor
+
+from qhub.errors import ConfigError, LayoutError
+from qhub.layouts import Activation, Affine, Float8, Grid, Layout, Lookup, Parts, PartSpec, Transform
 from qhub.layouts.float4 import mxfp4, nvfp4
 from qhub_compressed_tensors.scheme import Numbers, Scheme
 
-__all__ = ["ORDER", "PlainAffine", "activation_of", "layout_of"]
+__all__ = ["ORDER", "PlainAffine", "WholeAffine", "activation_of", "check_zeros", "has_one_scale", "layout_of"]
 
 ORDER = (Transform("permute", "in"),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainAffine(Affine):
+class WholeAffine(Affine):
+    """Is an affine layout whose zeros, where it has them, are codes: files have no room for others."""
+
+    def core_specs(self) -> dict[str, PartSpec]:
+        specs = super().core_specs()
+        if "zeros" in specs:
+            specs["zeros"] = PartSpec(self.scale_shape, (torch.int8 if self.signed else torch.uint8,))
+        return specs
+
+    def check_values(self, parts: Parts) -> None:
+        super().check_values(parts)
+        if "zeros" in parts and parts["zeros"].device.type != "meta":
+            check_zeros(self, parts["zeros"])
+
+
+def check_zeros(layout: Affine, zeros: Tensor) -> None:
+    """Raise :class:`LayoutError` where ``zeros`` are no codes."""
+    low, high = layout.code_range
+    if bool(((zeros < low) | (zeros > high)).any()):
+        raise LayoutError(
+            f"tensor 'zeros' holds {int(zeros.min())} to {int(zeros.max())}, codes of {layout.bits} bits are {low} to {high}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainAffine(WholeAffine):
     """Is an affine layout whose codes lie in files as one byte each, whatever their width."""
 
 
@@ -46,7 +74,7 @@ def layout_of(scheme: Scheme, out_features: int, in_features: int, name: str) ->
 def _integers(scheme: Scheme, n: int, k: int, grid: Grid, activation: Activation) -> Affine:
     weights, packed = scheme.weights, scheme.format == "pack-quantized"
     signed = not packed and weights.bits == 8
-    kind = Affine if packed or signed else PlainAffine
+    kind = PlainAffine if not packed and not signed else Affine if weights.symmetric else WholeAffine
     return kind(
         out_features=n,
         in_features=k,
@@ -64,10 +92,21 @@ def _integers(scheme: Scheme, n: int, k: int, grid: Grid, activation: Activation
 def _grid(weights: Numbers, n: int, k: int) -> Grid:
     if weights.strategy == "block":
         assert weights.block is not None
-        return Grid("block", *weights.block)
+        rows, columns = weights.block
+        return Grid("block", rows, columns + 1 if columns == k else columns)
     if weights.strategy == "tensor":
-        return Grid("block", n, k)
+        return Grid("block", max(n, 2), k)
     return Grid.along_k(weights.group or k)
+
+
+def has_one_scale(layout: Affine | Float8) -> bool:
+    """Return whether ``layout`` is of the strategy "tensor": one scale, which files hold as a vector.
+
+    A block that is as wide as the matrix counts as one column wider, and a tensor has at least two rows: so blocks,
+    rows and the whole differ, whatever the size.
+    """
+    grid = layout.grid
+    return grid.kind == "block" and grid.cols == layout.in_features and 1 < grid.rows >= layout.out_features
 
 
 def activation_of(inputs: Numbers | None) -> Activation:

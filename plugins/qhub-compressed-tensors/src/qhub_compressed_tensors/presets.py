@@ -8,38 +8,39 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "numbers", "preset"]
 
 _E4M3, _EXPONENTS = "torch.float8_e4m3fn", "torch.uint8"
 
 
-def _numbers(bits: int, kind: str, strategy: str, *, dynamic: bool | str = False, **others: Any) -> dict[str, Any]:
+def numbers(bits: int, kind: str, strategy: str, *, dynamic: bool | str = False, **others: Any) -> dict[str, Any]:
+    """Return the keys of upstream's QuantizationArgs for symmetric numbers of ``bits`` bits."""
     return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic, **others}
 
 
 def _grouped(bits: int, symmetric: bool = True) -> dict[str, Any]:
-    return _numbers(bits, "int", "group", group_size=128) | {"symmetric": symmetric}
+    return numbers(bits, "int", "group", group_size=128) | {"symmetric": symmetric}
 
 
 def _float4(dynamic: bool | str = False) -> dict[str, Any]:
-    return _numbers(4, "float", "tensor_group", dynamic=dynamic, group_size=16, scale_dtype=_E4M3)
+    return numbers(4, "float", "tensor_group", dynamic=dynamic, group_size=16, scale_dtype=_E4M3)
 
 
 def _powers(bits: int, dynamic: bool = False) -> dict[str, Any]:
-    return _numbers(bits, "float", "group", dynamic=dynamic, group_size=32, scale_dtype=_EXPONENTS)
+    return numbers(bits, "float", "group", dynamic=dynamic, group_size=32, scale_dtype=_EXPONENTS)
 
 
 def _tokens(bits: int, kind: str) -> dict[str, Any]:
-    return _numbers(bits, kind, "token", dynamic=True)
+    return numbers(bits, kind, "token", dynamic=True)
 
 
 def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs}
 
 
-_FP8 = _numbers(8, "float", "tensor")
-_INT8 = _scheme(_numbers(8, "int", "channel"), _tokens(8, "int"))
-_BLOCKS = _numbers(8, "float", "block", block_structure=[128, 128])
+_FP8 = numbers(8, "float", "tensor")
+_INT8 = _scheme(numbers(8, "int", "channel"), _tokens(8, "int"))
+_BLOCKS = numbers(8, "float", "block", block_structure=[128, 128])
 
 PRESETS: dict[str, dict[str, Any]] = {
     "W4A16": _scheme(_grouped(4)),
@@ -48,13 +49,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W8A8": _INT8,
     "INT8": _INT8,
     "FP8": _scheme(_FP8, _FP8),
-    "FP8_DYNAMIC": _scheme(_numbers(8, "float", "channel"), _tokens(8, "float")),
-    "FP8_BLOCK": _scheme(_BLOCKS, _numbers(8, "float", "group", dynamic=True, group_size=128)),
+    "FP8_DYNAMIC": _scheme(numbers(8, "float", "channel"), _tokens(8, "float")),
+    "FP8_BLOCK": _scheme(_BLOCKS, numbers(8, "float", "group", dynamic=True, group_size=128)),
     "NVFP4A16": _scheme(_float4()),
     "NVFP4": _scheme(_float4(), _float4("local")),
     "MXFP4A16": _scheme(_powers(4)),
     "MXFP4": _scheme(_powers(4), _powers(4, dynamic=True)),
-    "MXFP4XFP8": _scheme(_powers(4), _numbers(8, "float", "group", dynamic=True, group_size=128)),
+    "MXFP4XFP8": _scheme(_powers(4), numbers(8, "float", "group", dynamic=True, group_size=128)),
     "MXFP6A16": _scheme(_powers(6)),
     "MXFP6A8": _scheme(_powers(6), _powers(8, dynamic=True)),
     "MXFP8A16": _scheme(_powers(8)),

@@ -16,7 +16,7 @@ from qhub.errors import LayoutError
 from qhub.layouts import Float8, Layout, Lookup, Stacked
 from qhub.layouts.chunks import all_finite
 from qhub.layouts.float4 import quantize_float4
-from qhub.layouts.nested import powers_above
+from qhub.layouts.powers import powers_above
 
 __all__ = ["input_scale", "quantize", "quantize_matrix"]
 

@@ -6,11 +6,12 @@ from qhub.errors import UnsupportedError
 from qhub.layouts.blocks import Record
 from qhub_gguf.records.floats import FLOATS
 from qhub_gguf.records.kquants import K_QUANTS
+from qhub_gguf.records.lattice import LATTICES
 from qhub_gguf.records.legacy import LEGACY
 
 __all__ = ["RECORDS", "record_of"]
 
-RECORDS: dict[str, Record] = {record.name: record for record in (*LEGACY, *K_QUANTS, *FLOATS)}
+RECORDS: dict[str, Record] = {record.name: record for record in (*LEGACY, *K_QUANTS, *FLOATS, *LATTICES)}
 # llama.cpp rounds activations to these and never writes them.
 _MEMORY = ("Q8_1", "Q8_K")
 

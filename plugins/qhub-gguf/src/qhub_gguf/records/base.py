@@ -23,7 +23,7 @@ __all__ = ["GgmlRecord", "RecordColumns", "divided"]
 class GgmlRecord(Record):
     """Decodes runs of ``group`` weights that share a step.
 
-    ``halves``: where the record's float16 fields begin.
+    ``halves``: where the record's float16 fields begin. ``width``: how many weights are rounded together at least.
     """
 
     group: int
@@ -39,12 +39,16 @@ class GgmlRecord(Record):
         """Return steps and offsets (..., count/group) float32 of ``data`` (..., size); None: no offsets."""
 
     @abstractmethod
-    def rounded(self, ratio: Tensor) -> Tensor:
-        """Return the values int8 nearest to ``ratio`` (..., any) float32; the last axis holds whole vectors."""
+    def find(self, ratio: Tensor) -> Any:
+        """Return codes for the values nearest to ``ratio`` (..., a multiple of width) float32."""
 
     @abstractmethod
-    def put(self, data: Tensor, values: Tensor) -> None:
-        """Write ``values`` (..., count) int8, some that :meth:`rounded` gave, into ``data`` (..., size)."""
+    def worth(self, found: Any) -> Tensor:
+        """Return the values int8 that codes of :meth:`find` stand for, in the shape of its argument."""
+
+    @abstractmethod
+    def put(self, data: Tensor, found: Any) -> None:
+        """Write codes that :meth:`find` gave for (..., count) ratios into ``data`` (..., size)."""
 
     def decode(self, data: Tensor) -> Tensor:
         steps, offsets = self.steps(data)
@@ -64,7 +68,7 @@ class GgmlRecord(Record):
 
     def nearest(self, weights: Tensor, data: Tensor) -> Tensor:
         written = data.clone(memory_format=torch.contiguous_format)
-        self.put(written, self.rounded(self.ratio(weights, data)))
+        self.put(written, self.find(self.ratio(weights, data)))
         return written
 
     def scales(self, data: Tensor) -> Tensor:
@@ -99,9 +103,10 @@ class RecordColumns:
         offset = None if self.offsets is None else self.offsets[column // self.record.group]
         ratio = divided(values if offset is None else values - offset, step)
         # Vectors lie along the last axis; single columns need no turning.
-        rounded = self.record.rounded(ratio) if self.width == 1 else self.record.rounded(ratio.t().contiguous()).t()
-        found = rounded.float() * step
-        return found if offset is None else found + offset
+        found = self.record.find(ratio if self.width == 1 else ratio.t().contiguous())
+        values = self.record.worth(found).float()
+        rounded = (values if self.width == 1 else values.t()) * step
+        return rounded if offset is None else rounded + offset
 
 
 def divided(weights: Tensor, steps: Tensor) -> Tensor:

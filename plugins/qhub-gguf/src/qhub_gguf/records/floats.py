@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from qhub.layouts.nested import Nested
 from qhub_gguf.records.fitting import columns_of, uniform_search
 from qhub_gguf.records.scalar import Plane, TableRecord
 
@@ -25,7 +27,7 @@ _NEIGHBOURS = (0, -1, 1)
 class ByteStep(TableRecord):
     """Stores steps as bytes [0, count/group), entries of a table of 256."""
 
-    low, high, table = -12, 12, E2M1
+    low, high, bits, table, table_unit = -12, 12, 4, E2M1, 2
 
     @abstractmethod
     def entries(self) -> list[float]:
@@ -73,6 +75,16 @@ class MXFP4(ByteStep):
     name, count, size, group = "MXFP4", 32, 17, 32
     planes = (Plane(1, 17, 4, 16),)
 
+    def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
+        # The byte is an E8M0, and the table in whole numbers makes up for the half.
+        return {"scales": data[..., :1].clone(memory_format=torch.contiguous_format).view(torch.float8_e8m0fnu)}
+
+    def put_plain_scales(self, data: Tensor, parts: Mapping[str, Tensor]) -> None:
+        if parts["scales"].dtype == torch.float8_e8m0fnu:
+            data[..., :1] = parts["scales"].contiguous().view(torch.uint8)
+        else:
+            self.put_steps(data, parts["scales"].float() / self.table_unit, None)
+
     def entries(self) -> list[float]:
         return [2.0 ** (e - 128) for e in range(256)]
 
@@ -86,6 +98,15 @@ class NVFP4(ByteStep):
 
     name, count, size, group = "NVFP4", 64, 36, 16
     planes = (Plane(4, 36, 4, 8),)
+    nested = {"scales": Nested("float8_e4m3fn", group=0)}
+
+    def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
+        codes = data[..., :4] & 127
+        scales = torch.where(codes == 127, 0, codes).view(torch.float8_e4m3fn)
+        return {"scales": scales, "scales_super": torch.ones(*data.shape[:-3], 1, device=data.device)}
+
+    def put_plain_scales(self, data: Tensor, parts: Mapping[str, Tensor]) -> None:
+        data[..., :4] = parts["scales"].contiguous().view(torch.uint8)
 
     def entries(self) -> list[float]:
         def value(byte: int) -> float:

@@ -6,10 +6,12 @@ Source of all bytes: the block structs of ggml-common.h and ``dequantize_row_*``
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from qhub.layouts.nested import Nested
 from qhub_gguf.records.fields import half, join, put_half, spread
 from qhub_gguf.records.legacy import IQ4_TABLE
 from qhub_gguf.records.scalar import Plane, ScalarRecord, TableRecord
@@ -40,6 +42,19 @@ class SuperRecord(ScalarRecord):
         steps = levels.steps.float() * half(data, self.halves[0])
         return steps, None if levels.offsets is None else -(levels.offsets.float() * half(data, self.halves[1]))
 
+    def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
+        levels = self.levels(data)
+        parts = {"scales": levels.steps, "scales_super": half(data, self.halves[0]).half()}
+        if levels.offsets is not None:
+            parts |= {"zeros": levels.offsets, "zeros_super": -half(data, self.halves[1]).half()}
+        return parts
+
+    def put_plain_scales(self, data: Tensor, parts: Mapping[str, Tensor]) -> None:
+        put_half(data, self.halves[0], parts["scales_super"].float().squeeze(-1))
+        if "zeros" in parts:
+            put_half(data, self.halves[1], -parts["zeros_super"].float().squeeze(-1))
+        self.put_levels(data, Levels(parts["scales"], parts.get("zeros")))
+
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
         data = torch.zeros(*weights.shape[:-1], self.size, dtype=torch.uint8, device=weights.device)
         supers, levels = fit_levels(self, weights, importance)
@@ -50,8 +65,9 @@ class SuperRecord(ScalarRecord):
 
 
 class Q2K(SuperRecord):
-    name, count, size, group = "Q2_K", 256, 84, 16
+    name, count, size, group, bits = "Q2_K", 256, 84, 16, 2
     halves, low, high, levels_low, levels_high = (80, 82), 0, 3, 0, 15
+    nested = {name: Nested("uint8", group=16, bits=4) for name in ("scales", "zeros")}
     planes = (Plane(16, 80, 2, 32),)
 
     def levels(self, data: Tensor) -> Levels:
@@ -64,8 +80,9 @@ class Q2K(SuperRecord):
 
 
 class Q3K(SuperRecord):
-    name, count, size, group = "Q3_K", 256, 110, 16
+    name, count, size, group, bits = "Q3_K", 256, 110, 16, 3
     halves, low, high, levels_low, levels_high = (108,), -4, 3, -32, 31
+    nested = {"scales": Nested("int8", group=16, bits=6)}
     planes = (Plane(32, 96, 2, 32), Plane(0, 32, 1, 32, 2))
 
     def levels(self, data: Tensor) -> Levels:
@@ -81,6 +98,7 @@ class Q3K(SuperRecord):
 class SixBits(SuperRecord):
     """Q4_K and Q5_K: eight steps and eight offsets of six bits in twelve bytes."""
 
+    nested = {name: Nested("uint8", group=8, bits=6) for name in ("scales", "zeros")}
     halves, levels_low, levels_high = (0, 2), 0, 63
 
     def levels(self, data: Tensor) -> Levels:
@@ -96,20 +114,21 @@ class SixBits(SuperRecord):
 
 
 class Q4K(SixBits):
-    name, count, size, group = "Q4_K", 256, 144, 32
+    name, count, size, group, bits = "Q4_K", 256, 144, 32, 4
     low, high = 0, 15
     planes = (Plane(16, 144, 4, 32),)
 
 
 class Q5K(SixBits):
-    name, count, size, group = "Q5_K", 256, 176, 32
+    name, count, size, group, bits = "Q5_K", 256, 176, 32, 5
     low, high = 0, 31
     planes = (Plane(48, 176, 4, 32), Plane(16, 48, 1, 32, 4))
 
 
 class Q6K(SuperRecord):
-    name, count, size, group = "Q6_K", 256, 210, 16
+    name, count, size, group, bits = "Q6_K", 256, 210, 16, 6
     halves, low, high, levels_low, levels_high = (208,), -32, 31, -128, 127
+    nested = {"scales": Nested("int8", group=16)}
     planes = (Plane(0, 128, 4, 64), Plane(128, 192, 2, 32, 4))
 
     def levels(self, data: Tensor) -> Levels:
@@ -122,8 +141,9 @@ class Q6K(SuperRecord):
 class IQ4XS(TableRecord, SuperRecord):
     """Entries of IQ4_NL's table under steps of six bits: the lower four in bytes 4 to 7, the upper two in 2 and 3."""
 
-    name, count, size, group = "IQ4_XS", 256, 136, 32
+    name, count, size, group, bits = "IQ4_XS", 256, 136, 32, 4
     halves, low, high, table, levels_low, levels_high = (0,), -127, 113, IQ4_TABLE, -32, 31
+    nested = {"scales": Nested("int8", group=8, bits=6)}
     planes = (Plane(8, 136, 4, 16),)
 
     def levels(self, data: Tensor) -> Levels:

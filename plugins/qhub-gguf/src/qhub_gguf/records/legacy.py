@@ -5,6 +5,8 @@ Source of all bytes: the block structs of ggml-common.h and ``dequantize_row_*``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,21 @@ class HalfStep(ScalarRecord):
         if offsets is not None:
             put_half(data, self.halves[1], offsets.squeeze(-1))
 
+    def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
+        return {name: half(data, start).half() for name, start in zip(("scales", "zeros"), self.halves, strict=False)}
+
+    def put_plain_scales(self, data: Tensor, parts: Mapping[str, Tensor]) -> None:
+        self.put_steps(data, parts["scales"].float(), parts["zeros"].float() if "zeros" in parts else None)
+
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
         data = torch.zeros(*weights.shape[:-1], self.size, dtype=torch.uint8, device=weights.device)
         if len(self.halves) > 1:
             steps, offsets = affine_fit(weights, importance, self.high)
             self.put_steps(data, steps.unsqueeze(-1), offsets.unsqueeze(-1))
         else:
-            self.put_steps(data, uniform_fit(weights, importance, self.rounded, self.low, self.high).unsqueeze(-1), None)
+            self.put_steps(
+                data, uniform_fit(weights, importance, self.rounded, self.low, self.high).unsqueeze(-1), None
+            )
         return self.nearest(weights, data)
 
 
@@ -44,46 +54,39 @@ class HalfTable(TableRecord, HalfStep):
 
 
 class Q40(HalfStep):
-    name, count, size, group = "Q4_0", 32, 18, 32
+    name, count, size, group, bits = "Q4_0", 32, 18, 32, 4
     halves, low, high = (0,), -8, 7
     planes = (Plane(2, 18, 4, 16),)
 
 
 class Q41(HalfStep):
-    name, count, size, group = "Q4_1", 32, 20, 32
+    name, count, size, group, bits = "Q4_1", 32, 20, 32, 4
     halves, low, high = (0, 2), 0, 15
     planes = (Plane(4, 20, 4, 16),)
 
 
 class Q50(HalfStep):
-    name, count, size, group = "Q5_0", 32, 22, 32
+    name, count, size, group, bits = "Q5_0", 32, 22, 32, 5
     halves, low, high = (0,), -16, 15
     planes = (Plane(6, 22, 4, 16), Plane(2, 6, 1, 1, 4))
 
 
 class Q51(HalfStep):
-    name, count, size, group = "Q5_1", 32, 24, 32
+    name, count, size, group, bits = "Q5_1", 32, 24, 32, 5
     halves, low, high = (0, 2), 0, 31
     planes = (Plane(8, 24, 4, 16), Plane(4, 8, 1, 1, 4))
 
 
 class Q80(HalfStep):
-    name, count, size, group = "Q8_0", 32, 34, 32
+    name, count, size, group, bits = "Q8_0", 32, 34, 32, 8
     halves, low, high = (0,), -128, 127
     planes = (Plane(2, 34, 8, 32),)
-
-    def values(self, data: Tensor) -> Tensor:
-        # Bytes with a sign, where the other types count from their lowest value.
-        return self.codes(data).view(torch.int8)
-
-    def put(self, data: Tensor, values: Tensor) -> None:
-        self.put_codes(data, values.view(torch.uint8))
 
 
 class Q10(HalfTable):
     """-1 and 1, 128 to a step."""
 
-    name, count, size, group = "Q1_0", 128, 18, 128
+    name, count, size, group, bits = "Q1_0", 128, 18, 128, 1
     halves, low, high, table = (0,), -1, 1, (-1, 1)
     planes = (Plane(2, 18, 1, 1),)
 
@@ -91,7 +94,7 @@ class Q10(HalfTable):
 class Q20(HalfStep):
     """-1 to 2, 64 to a step."""
 
-    name, count, size, group = "Q2_0", 64, 18, 64
+    name, count, size, group, bits = "Q2_0", 64, 18, 64, 2
     halves, low, high = (0,), -1, 2
     planes = (Plane(2, 18, 2, 1),)
 
@@ -99,7 +102,7 @@ class Q20(HalfStep):
 class TQ10(HalfStep):
     """-1, 0 and 1, five to a byte: a byte is the number 0.abcde of base 3, scaled to 256 and rounded up."""
 
-    name, count, size, group = "TQ1_0", 256, 54, 256
+    name, count, size, group, bits = "TQ1_0", 256, 54, 256, 2
     halves, low, high, planes = (52,), -1, 1, ()
     # Bytes [start, stop) hold, for each of their places in a run, so many digits: the first digits of the run first.
     _runs = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
@@ -127,7 +130,7 @@ class TQ10(HalfStep):
 class TQ20(HalfStep):
     """-1, 0 and 1; two bits have room for a 2, which files of others may hold."""
 
-    name, count, size, group = "TQ2_0", 256, 66, 256
+    name, count, size, group, bits = "TQ2_0", 256, 66, 256, 2
     halves, low, high = (64,), -1, 2
     planes = (Plane(0, 64, 2, 32),)
 
@@ -135,7 +138,7 @@ class TQ20(HalfStep):
 class IQ4NL(HalfTable):
     """Entries of a table that is finer around 0."""
 
-    name, count, size, group = "IQ4_NL", 32, 18, 32
+    name, count, size, group, bits = "IQ4_NL", 32, 18, 32, 4
     halves, low, high, table = (0,), -127, 113, IQ4_TABLE
     planes = (Plane(2, 18, 4, 16),)
 

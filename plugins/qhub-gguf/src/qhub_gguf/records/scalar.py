@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qhub.errors import UnsupportedError
+from qhub.layouts import Layout, Parts
+from qhub.layouts.nested import Nested
 from qhub_gguf.records.base import GgmlRecord
 from qhub_gguf.records.fields import join, spread
+from qhub_gguf.records.plain import from_plain, to_plain
 
 __all__ = ["Plane", "ScalarRecord", "TableRecord", "halfway", "table_values"]
 
@@ -25,14 +32,41 @@ class Plane(NamedTuple):
 
 
 class ScalarRecord(GgmlRecord):
-    """Stores whole numbers ``low`` to ``high`` as codes from 0 on.
+    """Stores whole numbers ``low`` to ``high`` as codes of ``bits`` bits from 0 on; two's complement where these are 8.
 
-    ``planes``: where the bits of the codes are.
+    ``planes``: where the bits of the codes are. ``nested``: how the core says the steps, ``scales``, and the offsets,
+    ``zeros``; empty where they are plain tensors. ``table``: what the codes stand for, if not whole numbers in a row;
+    ``table_unit``: what the core's table of them is divided by.
     """
 
     low: int
     high: int
+    bits: int
     planes: tuple[Plane, ...]
+    nested: Mapping[str, Nested] = MappingProxyType({})
+    table: tuple[int, ...] = ()
+    table_unit = 1
+
+    @abstractmethod
+    def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
+        """Return the core's parts of the scales for ``data`` (..., N, K/count, size), in the order of the records."""
+
+    @abstractmethod
+    def put_plain_scales(self, data: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Write parts (..., N, K/count, any) as :meth:`plain_scales` gives them into ``data``."""
+
+    def put_steps(self, data: Tensor, steps: Tensor, offsets: Tensor | None) -> None:
+        """Write steps and offsets (..., count/group), rounded to what can be stored, into ``data`` (..., size).
+
+        Raises :class:`UnsupportedError` where whole numbers of steps have to be searched first.
+        """
+        raise UnsupportedError(f"{self.name} stores no free steps: use fit")
+
+    def plain(self, out_features: int, in_features: int, blocks: Tensor) -> tuple[Layout, dict[str, Tensor]]:
+        return to_plain(self, out_features, in_features, blocks)
+
+    def from_plain(self, layout: Layout, parts: Parts) -> Tensor | None:
+        return from_plain(self, layout, parts)
 
     def codes(self, data: Tensor) -> Tensor:
         """Return the codes (..., count) uint8 of ``data`` (..., size)."""
@@ -50,19 +84,25 @@ class ScalarRecord(GgmlRecord):
 
     def values(self, data: Tensor) -> Tensor:
         codes = self.codes(data).view(torch.int8)
-        return codes + self.low if self.low else codes
+        return codes if self.low == 0 or self.bits == 8 else codes + self.low
 
     def rounded(self, ratio: Tensor) -> Tensor:
+        """Return the values int8 nearest to ``ratio`` float32, in any order."""
         return ratio.round().clamp_(self.low, self.high).to(torch.int8)
 
-    def put(self, data: Tensor, values: Tensor) -> None:
-        self.put_codes(data, (values - self.low).view(torch.uint8))
+    def find(self, ratio: Tensor) -> Tensor:
+        return self.rounded(ratio)
+
+    def worth(self, found: Tensor) -> Tensor:
+        return found
+
+    def put(self, data: Tensor, found: Tensor) -> None:
+        values = found.to(torch.int8)
+        self.put_codes(data, (values if self.bits == 8 else values - self.low).view(torch.uint8))
 
 
 class TableRecord(ScalarRecord):
     """Stores codes into ``table``, whole numbers from -127 to 127 in any order."""
-
-    table: tuple[int, ...]
 
     def values(self, data: Tensor) -> Tensor:
         codes = self.codes(data)
@@ -74,9 +114,9 @@ class TableRecord(ScalarRecord):
         place = (ratio * 2).floor_().clamp_(-256, 255).add_(256).to(torch.int32)
         return nearest.index_select(0, place.flatten()).reshape(ratio.shape)
 
-    def put(self, data: Tensor, values: Tensor) -> None:
+    def put(self, data: Tensor, found: Tensor) -> None:
         _, codes = halfway(self.table, data.device)
-        place = values.to(torch.int32).flatten() * 2 + 256
+        values, place = found, found.to(torch.int32).flatten() * 2 + 256
         self.put_codes(data, codes.index_select(0, place).reshape(values.shape))
 
 

@@ -31,9 +31,7 @@ class Levels(NamedTuple):
     offsets: Tensor | None
 
 
-def fit_levels(
-    record: SuperRecord, weights: Tensor, importance: Tensor | None
-) -> tuple[tuple[Tensor, ...], Levels]:
+def fit_levels(record: SuperRecord, weights: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Levels]:
     """Return the float16 factors (...) and the whole numbers (..., count/group) for ``weights`` (..., count)."""
     x, w = columns_of(weights, importance, record.group)
     batch = weights.shape[:-1]

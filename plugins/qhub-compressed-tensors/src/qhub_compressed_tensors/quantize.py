@@ -1,0 +1,101 @@
+"""One weight to its layout's tensors: rounded to nearest, as llm-compressor's QuantizationModifier does without data.
+
+Scales put the largest magnitude of a group on half the range of integers (7.5 for 4 bits), on E4M3's 448, or, for
+4-bit floats, on 6 under E4M3 scales. They are rounded to the weight's dtype before codes are chosen, in float32.
+Sources: compressed-tensors 0.20, ``calculate_qparams`` and ``generate_gparam`` (compressed_tensors/quantization/utils/
+helpers.py); for powers of two, OCP Microscaling Formats 1.0, section 6.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qhub.errors import ConfigError
+from qhub.layouts import Activation, Affine, Float8, Layout, Lookup
+from qhub.layouts.float4 import quantize_float4
+from qhub.layouts.powers import shared_exponents
+from qhub_compressed_tensors.format import float6_table
+
+__all__ = ["input_parts", "quantize"]
+
+_E2M3_MAX = 7.5
+_FLOAT4_TOP = 448.0 * 6.0
+
+
+def quantize(weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parts of ``layout`` for ``weight`` (N, K) of a float dtype.
+
+    ``statistics``: ``max_abs``, the largest magnitude of the layer's input, where its scale is stored. Raises
+    :class:`ConfigError` for stored zeros of inputs, which that does not tell.
+    """
+    inputs = input_parts(layout.activation, statistics, weight)
+    w = weight.float()
+    if isinstance(layout, Lookup):
+        core = quantize_float4(weight, layout) if layout.bits == 4 else _float6(w, layout)
+    elif isinstance(layout, Float8) and layout.grid.rows == 1 and layout.grid.cols == 32:
+        absmax = layout.grid.split(w).abs().amax(layout.grid.member_dims)
+        scales = shared_exponents(absmax, torch.finfo(layout.dtype).max)
+        core = _with_codes(layout, w, {"scales": scales})
+    else:
+        assert isinstance(layout, Affine | Float8)
+        core = _with_codes(layout, w, _scales(layout, w, weight.dtype))
+    return {**core, **inputs}
+
+
+def input_parts(activation: Activation, statistics: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """Return the stored scales of inputs, rounded to the dtype of ``weight`` as files hold them."""
+    if not activation.part_specs():
+        return {}
+    if not activation.symmetric:
+        raise ConfigError(
+            "input_activations with symmetric=False and dynamic=False: a largest magnitude tells no zero point. Choose "
+            "symmetric=True, or dynamic=True"
+        )
+    largest = statistics["max_abs"].float().max()
+    if activation.scale_format == "e4m3fn":
+        # As for weights: the largest magnitude is put on the largest scale times the largest code.
+        over = torch.where(largest > 0, _FLOAT4_TOP / largest, torch.ones_like(largest))
+        return {"input_global_scale": over.nan_to_num(1.0, 1.0, 1.0)}
+    top = activation.largest + (0.5 if activation.kind == "int8" else 0.0)
+    return {"input_scale": _above_zero((largest / top).to(weight.dtype)).float()}
+
+
+def _above_zero(scale: Tensor) -> Tensor:
+    """Return ``scale`` with the dtype's epsilon for 0, as upstream does: all codes are 0 then, and nothing is divided
+    by 0."""
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+def _scales(layout: Affine | Float8, w: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    groups, dims = layout.grid.split(w), layout.grid.member_dims
+    if isinstance(layout, Float8):
+        scale = groups.abs().amax(dims) / torch.finfo(layout.dtype).max
+        return {"scales": _stored(scale, dtype)}
+    steps = 2**layout.bits - 1
+    if layout.zero == "constant":
+        return {"scales": _stored(groups.abs().amax(dims) / (steps / 2), dtype)}
+    low, high = groups.amin(dims).clamp_max(0), groups.amax(dims).clamp_min(0)
+    scale = _stored((high - low) / steps, dtype)
+    least, most = layout.code_range
+    zero = (least - low / scale.float()).round().clamp(least, most)
+    return {"scales": scale, "zeros": zero.to(torch.int8 if layout.signed else torch.uint8)}
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return _above_zero(scale.clamp_max(torch.finfo(dtype).max).to(dtype))
+
+
+def _with_codes(layout: Layout, w: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    if layout.transforms:
+        # Nothing says in which order: features stay where they are.
+        parts["in_perm"] = torch.arange(layout.in_features, dtype=torch.int32, device=w.device)
+    return {**parts, **layout.nearest(w, parts)}
+
+
+def _float6(w: Tensor, layout: Lookup) -> dict[str, Tensor]:
+    absmax = layout.grid.split(w).abs().amax(layout.grid.member_dims)
+    parts = {"table": float6_table(w.device), "scales": shared_exponents(absmax, _E2M3_MAX)}
+    return {**parts, **layout.nearest(w, parts)}

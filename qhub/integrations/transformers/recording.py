@@ -1,0 +1,83 @@
+"""What stands beside the weights of a checkpoint: tensors that no model has a place for, and what its config must name.
+
+Some formats keep scales of the key-value cache in the modules that fill it. A model knows nothing of them: they are
+carried along, and written back under the keys that they came with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import core_model_loading as host
+
+from qhub.formats import Format
+from qhub.integrations.transformers.checkpoint import FileTensor
+from qhub.integrations.transformers.weights import find_weights
+from qhub.layouts import Layout
+from qhub.tensor import QuantizedTensor
+
+__all__ = ["record_config", "take_passengers"]
+
+# Scales and zeros; what is larger belongs to the model.
+_LARGEST = 1 << 20
+# Linear layers that some models write as modules of their own, and that loaders look up as linear layers.
+_ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")
+
+
+def take_passengers(model: Any, headers: Mapping[str, FileTensor], fmt: Format) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, by key, that ``fmt`` carries along and that ``model`` has no place for.
+
+    ``model`` is told that they are expected.
+    """
+    if not fmt.passengers:
+        return {}
+    own = model.state_dict()
+    found = {}
+    for key, header in headers.items():
+        local = key.rpartition(".")[2]
+        if local not in fmt.passengers or key in own or header.file.suffix != ".safetensors":
+            continue
+        if torch.Size(header.shape).numel() <= _LARGEST:
+            with safe_open(header.file, framework="pt") as opened:
+                found[key] = opened.get_tensor(key)
+    if found:
+        expected = {rf"^{re.escape(key)}$" for key in found}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *expected}
+    return found
+
+
+def record_config(model: Any) -> None:
+    """Let the method of a quantized ``model`` write into its config what the files that are to be written hold."""
+    quantizer = model.hf_quantizer
+    if quantizer.spec.record is None:
+        return
+    stored: dict[str, Layout] = {}
+    dense: list[str] = []
+    for name, rows in _matrices(model):
+        parameter = model.get_parameter(name)
+        planned = quantizer.plan.get(name)
+        layout = parameter.quant_layout if isinstance(parameter, QuantizedTensor) else planned and planned.layout
+        hollow = torch.empty(parameter.shape, device="meta")
+        for key, piece in host.revert_weight_conversion(model, {name: hollow}).items():
+            prefix = key.removesuffix(".weight")
+            if layout is None:
+                dense.append(prefix)
+            else:
+                stored[prefix] = layout.with_rows(piece.shape[rows])
+    quantizer.spec.record(quantizer.quantization_config, stored, dense)
+
+
+def _matrices(model: Any) -> Iterator[tuple[str, int]]:
+    """Yield (parameter, the dimension of its rows) of what a loader could take for linear layers."""
+    for name, info in find_weights(model).items():
+        yield name, -1 if info.transposed or info.kind == "conv1d" else -2
+    for prefix, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        router = _ROUTER.search(type(module).__name__) and not isinstance(module, nn.Linear)
+        if router and isinstance(weight, Tensor) and weight.ndim == 2:
+            yield f"{prefix}.weight", -2
