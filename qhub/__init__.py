@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qhub.errors import QhubError
     from qhub.integrations.peft.loftq import loftq_init
     from qhub.integrations.peft.merging import merge
+    from qhub.integrations.transformers.converting import convert
     from qhub.integrations.transformers.quantize import quantize
     from qhub.kernels import explain
     from qhub.modules import QuantLinear
@@ -35,6 +36,7 @@ __all__ = [
     "QuantLinear",
     "QuantizedTensor",
     "Registry",
+    "convert",
     "explain",
     "hookimpl",
     "loftq_init",
@@ -54,6 +56,7 @@ _HOMES = {
     "Registry": "qhub.registry:Registry",
     "explain": "qhub.kernels.explanation:explain",
     "loftq_init": "qhub.integrations.peft.loftq:loftq_init",
+    "convert": "qhub.integrations.transformers.converting:convert",
     "merge": "qhub.integrations.peft.merging:merge",
     "plugins": "qhub.registry:registry",
     "quantize": "qhub.integrations.transformers.quantize:quantize",

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qhub.cli.convert import convert
 from qhub.cli.doctor import doctor
 from qhub.cli.eval_ import evaluate
 from qhub.cli.explain import explain
@@ -139,6 +140,7 @@ def _root(
       qhub inspect DIR                            what is in the result
       qhub eval DIR --base MODEL                  what it costs in quality
       qhub merge DIR ADAPTER --out OUT            an adapter into its weights
+      qhub convert DIR --to METHOD --out OUT      another format, the same numbers
 
     Each command has its own help, such as qhub quantize --help.
     Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed
@@ -150,6 +152,7 @@ app.command("list")(list_methods)
 app.command("doctor")(doctor)
 app.command("quantize")(quantize)
 app.command("merge")(merge)
+app.command("convert")(convert)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
 app.command("explain")(explain)

@@ -27,7 +27,7 @@ from qhub.cli.measure import bits_on_disk, groups_of, layout_text, quantizer_of,
 from qhub.cli.output import Json, emit, say, size, table, working
 from qhub.errors import ConfigError, PluginError
 
-__all__ = ["make_config", "quantize"]
+__all__ = ["make_config", "quantize", "settings_of"]
 
 
 def quantize(
@@ -171,8 +171,13 @@ def make_config(method: str, preset: str | None, bits: int | None, group_size: i
     elif spec.presets and not options and not settings:
         values |= next(iter(spec.presets.values()))
     values |= spec.from_options(options) if spec.from_options is not None and options else options
-    values |= dict(_setting(text) for text in settings)
+    values |= settings_of(settings)
     return spec.parse({**values, "quant_method": method})
+
+
+def settings_of(settings: list[str]) -> dict[str, Any]:
+    """Return config values from ``"key=value"``; the value is JSON or text."""
+    return dict(_setting(text) for text in settings)
 
 
 def _setting(text: str) -> tuple[str, Any]:

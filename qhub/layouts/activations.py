@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
-from qhub.layouts.powers import powers_above, shared_exponents
+from qhub.layouts.powers import powers_above, rounded_exponents, shared_exponents
 
 if TYPE_CHECKING:
     from qhub.layouts.base import PartSpec
@@ -37,7 +37,8 @@ class Activation:
     largest magnitude over ``top``. ``symmetric``: False for integers with a zero, the part ``input_zero`` () where
     static. ``top``: the code that the largest magnitude gets; None: the format's largest. ``limit``: magnitudes above
     it saturate instead of widening a dynamic scale; None: none do. ``scale_format``: the scales of groups are rounded
-    to it, those of rows and tensors too: ``"e8m0fnu"`` as in OCP's formats, ``"ue8m0"`` up to a power of two
+    to it, those of rows and tensors too: ``"e8m0fnu"`` as in OCP's formats, ``"e8m0even"`` after its mantissa
+    was rounded to one bit (compressed-tensors), ``"ue8m0"`` up to a power of two
     (DeepSeek-V3.1, INC); for ``"e4m3fn"`` under the part ``input_global_scale`` (), which divides: scale = e4m3(absmax
     / top * global) / global. ``threshold``: input columns holding a magnitude at or above it stay in 16 or 32 bits; 0
     turns that off (LLM.int8(), Dettmers et al. 2022, section 3; int8 rows only).
@@ -53,7 +54,7 @@ class Activation:
     format: Literal["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"] = "e4m3fn"
     top: float | None = None
     limit: float | None = None
-    scale_format: Literal["float32", "e4m3fn", "e8m0fnu", "ue8m0"] = "float32"
+    scale_format: Literal["float32", "e4m3fn", "e8m0fnu", "e8m0even", "ue8m0"] = "float32"
 
     def __post_init__(self) -> None:
         if (self.granularity == "group") != (self.group > 0):
@@ -153,6 +154,8 @@ def _scale(x: Tensor, activation: Activation, parts: Mapping[str, Tensor]) -> Te
     scale = absmax / (activation.top or activation.largest)
     if activation.scale_format == "e8m0fnu":
         scale = shared_exponents(absmax, activation.largest).float()
+    elif activation.scale_format == "e8m0even":
+        scale = rounded_exponents(absmax, activation.largest).float()
     elif activation.scale_format == "ue8m0":
         scale = torch.where(absmax == 0, torch.ones_like(scale), powers_above(scale).float())
     elif activation.scale_format == "e4m3fn":

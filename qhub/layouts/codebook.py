@@ -188,11 +188,17 @@ class Codebook(Layout):
         return self.grid.join(weight, self.out_features, self.in_features)
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
-        # Codebooks are the method's; what can be refitted here is the scale, by least squares on the chosen vectors.
-        kept = {**parts, **self.nearest(weight, parts)}
-        shape = self._lookup(kept, self.indices(kept)) * (self._signs(kept) if self.signs else 1.0)
+        # Codebooks are the method's; what can be refitted here is the scale: first as the weights have grown, so that
+        # they lie among the vectors as before, then by least squares on the vectors that are chosen there.
         dims = self.grid.member_dims
-        w, v = self.grid.split(weight.float()), self.grid.split(shape)
+        w = self.grid.split(weight.float())
+        before, after = (one.square().sum(dims).sqrt() for one in (self.grid.split(self.decode(parts)), w))
+        growth = torch.where(before > 0, after / before, torch.ones_like(after))
+        grown = scale_values("scales", self.scale_shape, self.scales_nested, parts).float() * growth
+        kept = {**parts, **scale_codes("scales", grown, self.scales_nested, parts)}
+        kept |= self.nearest(weight, kept)
+        shape = self._lookup(kept, self.indices(kept)) * (self._signs(kept) if self.signs else 1.0)
+        v = self.grid.split(shape)
         scale = (w * v).sum(dims) / v.square().sum(dims).clamp_min(1e-12)
         fitted = scale_codes("scales", scale, self.scales_nested, parts)
         return fitted | self.nearest(weight, {**kept, **fitted})

@@ -26,7 +26,7 @@ from qhub.registry import registry
 from qhub.sharding import QuantizedShard
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["entries_of_model", "name_shards", "publish", "save_quantized"]
+__all__ = ["entries_of_model", "matrices_of", "name_shards", "publish", "save_quantized"]
 
 logger = logging.getLogger("qhub")
 
@@ -69,7 +69,7 @@ def entries_of_model(
     written: set[int] = set()
     stored: dict[str, tuple[Layout, torch.dtype]] = {}
     for name, weight in quantized.items():
-        matrices = _matrices(model, name, weight, original_names)
+        matrices = matrices_of(model, name, weight, original_names)
         for prefix, matrix in matrices.items():
             if matrix.transposed:
                 matrix = matrix.t()  # type: ignore[assignment]
@@ -90,7 +90,7 @@ def _offloaded(model: Any, name: str) -> QuantizedTensor:
     return load_offloaded_parameter(model, name)  # type: ignore[return-value]
 
 
-def _matrices(model: Any, name: str, weight: QuantizedTensor, original_names: bool) -> dict[str, QuantizedTensor]:
+def matrices_of(model: Any, name: str, weight: QuantizedTensor, original_names: bool) -> dict[str, QuantizedTensor]:
     """Return the 2-D matrices of ``weight`` by the prefix they are written under."""
     if original_names:
         reverted = host.revert_weight_conversion(model, {name: weight})

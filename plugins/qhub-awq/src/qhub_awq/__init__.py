@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qhub.formats import Format
     from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
-    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
 
 
@@ -102,3 +102,10 @@ def qhub_doctor() -> Iterable[Finding]:
     if others:
         message += f"; {' and '.join(others)} installed too, qhub does not use it"
     return [Finding("ok", "awq", message)]
+
+
+@hookimpl
+def qhub_adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
+    from qhub_awq.adopt import adopt
+
+    return adopt(layouts, others, options)

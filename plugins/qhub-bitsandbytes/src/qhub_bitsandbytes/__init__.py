@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qhub.formats import Format
     from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
-    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
 
 
@@ -78,3 +78,10 @@ def qhub_doctor() -> Iterable[Finding]:
     from qhub_bitsandbytes.doctor import findings
 
     return findings()
+
+
+@hookimpl
+def qhub_adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
+    from qhub_bitsandbytes.adopt import adopt
+
+    return adopt(layouts, others, options)

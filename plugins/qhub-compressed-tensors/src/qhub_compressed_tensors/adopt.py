@@ -110,7 +110,9 @@ def _run(grid: Grid, in_features: int) -> int | Skip:
         return Skip("the members of a group lie in all rows (axis 0), and compressed-tensors has groups along a row")
     run = in_features if grid.cols >= in_features and grid.kind == "block" else math.gcd(grid.cols, in_features)
     if run < min(_SMALLEST_GROUP, in_features):
-        return Skip(f"groups of {grid.cols} do not divide rows of {in_features}, as those of compressed-tensors have to")
+        return Skip(
+            f"groups of {grid.cols} do not divide rows of {in_features}, as those of compressed-tensors have to"
+        )
     return run
 
 
@@ -176,14 +178,12 @@ def _inputs(activation: Activation) -> dict[str, Any] | None:
         if (activation.group, activation.scale_format) == (16, "e4m3fn"):
             scales = "torch.float8_e4m3fn"
             return numbers(4, "float", "tensor_group", dynamic="local", group_size=16, scale_dtype=scales)
-        if (activation.group, activation.scale_format) == (32, "e8m0fnu"):
+        if activation.group == 32 and activation.scale_format in ("e8m0fnu", "e8m0even"):
             return numbers(4, "float", "group", dynamic=True, group_size=32, scale_dtype="torch.uint8")
         return None
     if kind == "float" and (activation.format != "e4m3fn" or activation.limit is not None):
         return None
     if activation.scale_format != "float32" and activation.group == 32:
         size["scale_dtype"] = "torch.uint8"
-    values = numbers(
-        activation.bits if kind == "int" else 8, kind, strategy, dynamic=not activation.static, **size
-    )
+    values = numbers(activation.bits if kind == "int" else 8, kind, strategy, dynamic=not activation.static, **size)
     return {**values, "symmetric": activation.symmetric}

@@ -95,7 +95,9 @@ def check(config: Any) -> None:
         raise ConfigError(f"transform_config={transforms!r} {where}: rotations while running (SpinQuant, QuIP) are not "
                           "applied here, and without them the weights mean something else")  # fmt: skip
     if config.moe_sparsity_config:
-        raise ConfigError(f"moe_sparsity_config={config.moe_sparsity_config!r} {where}: pruned experts are not known here")
+        raise ConfigError(
+            f"moe_sparsity_config={config.moe_sparsity_config!r} {where}: pruned experts are not known here"
+        )
     if config.kv_cache_scheme is not None:
         numbers_of({k: v for k, v in config.kv_cache_scheme.items() if k != "strategy"}
                    if isinstance(config.kv_cache_scheme, Mapping) else config.kv_cache_scheme,

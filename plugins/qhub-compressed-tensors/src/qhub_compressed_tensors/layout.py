@@ -125,7 +125,7 @@ def activation_of(inputs: Numbers | None) -> Activation:
             kind="int8", granularity=granularity, group=inputs.group, static=static, symmetric=inputs.symmetric,  # type: ignore[arg-type]
             bits=inputs.bits, top=top,
         )  # fmt: skip
-    scales = "e4m3fn" if inputs.dynamic == "local" else "e8m0fnu" if inputs.powers else "float32"
+    scales = "e4m3fn" if inputs.dynamic == "local" else "e8m0even" if inputs.powers else "float32"
     return Activation(
         kind="float4" if inputs.bits == 4 else "float8", granularity=granularity, group=inputs.group, static=static,  # type: ignore[arg-type]
         scale_format=scales,  # type: ignore[arg-type]

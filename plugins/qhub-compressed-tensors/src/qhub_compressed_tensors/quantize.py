@@ -3,7 +3,7 @@
 Scales put the largest magnitude of a group on half the range of integers (7.5 for 4 bits), on E4M3's 448, or, for
 4-bit floats, on 6 under E4M3 scales. They are rounded to the weight's dtype before codes are chosen, in float32.
 Sources: compressed-tensors 0.20, ``calculate_qparams`` and ``generate_gparam`` (compressed_tensors/quantization/utils/
-helpers.py); for powers of two, OCP Microscaling Formats 1.0, section 6.3.
+helpers.py); for powers of two ``generate_mx_scales`` (mxfp_utils.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from qhub.errors import ConfigError
 from qhub.layouts import Activation, Affine, Float8, Layout, Lookup
-from qhub.layouts.float4 import quantize_float4
-from qhub.layouts.powers import shared_exponents
+from qhub.layouts.activations import FLOAT4
+from qhub.layouts.float4 import float4_codes, float4_table, quantize_float4
+from qhub.layouts.packing import pack
+from qhub.layouts.powers import rounded_exponents
 from qhub_compressed_tensors.format import float6_table
 
 __all__ = ["input_parts", "quantize"]
@@ -34,10 +36,10 @@ def quantize(weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]) -
     inputs = input_parts(layout.activation, statistics, weight)
     w = weight.float()
     if isinstance(layout, Lookup):
-        core = quantize_float4(weight, layout) if layout.bits == 4 else _float6(w, layout)
+        core = quantize_float4(weight, layout) if layout.scales_nested is not None else _powers(w, layout)
     elif isinstance(layout, Float8) and layout.grid.rows == 1 and layout.grid.cols == 32:
         absmax = layout.grid.split(w).abs().amax(layout.grid.member_dims)
-        scales = shared_exponents(absmax, torch.finfo(layout.dtype).max)
+        scales = rounded_exponents(absmax, torch.finfo(layout.dtype).max)
         core = _with_codes(layout, w, {"scales": scales})
     else:
         assert isinstance(layout, Affine | Float8)
@@ -95,7 +97,15 @@ def _with_codes(layout: Layout, w: Tensor, parts: dict[str, Tensor]) -> dict[str
     return {**parts, **layout.nearest(w, parts)}
 
 
-def _float6(w: Tensor, layout: Lookup) -> dict[str, Tensor]:
+def _powers(w: Tensor, layout: Lookup) -> dict[str, Tensor]:
+    """Return codes of 4 or 6 bits under powers of two."""
     absmax = layout.grid.split(w).abs().amax(layout.grid.member_dims)
-    parts = {"table": float6_table(w.device), "scales": shared_exponents(absmax, _E2M3_MAX)}
+    four = layout.bits == 4
+    scales = rounded_exponents(absmax, FLOAT4[-1]) if four else rounded_exponents(absmax, _E2M3_MAX, bits=3)
+    table = float4_table(w.device) if four else float6_table(w.device)
+    ratio = layout.grid.split(w) / layout.grid.spread(scales.float())
+    if four:
+        codes = float4_codes(layout.grid.join(ratio, layout.out_features, layout.in_features))
+        return {"qweight": pack(codes, 4), "table": table, "scales": scales}
+    parts = {"table": table, "scales": scales}
     return {**parts, **layout.nearest(w, parts)}

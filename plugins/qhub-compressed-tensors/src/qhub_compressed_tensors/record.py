@@ -14,7 +14,6 @@ from qhub_compressed_tensors.config import schemes_of
 from qhub_compressed_tensors.layout import layout_of
 from qhub_compressed_tensors.matching import matching_pattern, scheme_for
 from qhub_compressed_tensors.scheme import Scheme
-from qhub_compressed_tensors.targets import expressions
 
 __all__ = ["record"]
 
@@ -38,9 +37,10 @@ def record(config: Any, stored: Mapping[str, Layout], dense: Sequence[str]) -> N
             better = next((scheme for scheme in schemes if _holds(scheme, layout, name)), None)
             if better is not None:
                 moved.setdefault(better.name, []).append(name)
+    # By their whole names, which go before expressions and classes.
     for group, names in moved.items():
         targets = config.config_groups[group]["targets"]
-        config.config_groups[group]["targets"] = [*targets, *(one for one in expressions(names) if one not in targets)]
+        config.config_groups[group]["targets"] = [*targets, *(one for one in names if one not in targets)]
     schemes = schemes_of(config)
     for name in dense:
         if matching_pattern(name, ignore) is None and scheme_for(name, schemes) is not None:

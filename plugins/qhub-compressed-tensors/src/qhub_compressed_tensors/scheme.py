@@ -76,7 +76,9 @@ def scheme_of(name: str, values: Mapping[str, Any], outer: str) -> Scheme | None
         raise ConfigError(f"{where}: unknown keys {unknown}; correct the spelling, or update the plugin")
     targets = _targets(values.get("targets"), where)
     if values.get("output_activations") is not None:
-        raise ConfigError(f"{where}: output_activations={values['output_activations']!r}: outputs are not quantized here")
+        raise ConfigError(
+            f"{where}: output_activations={values['output_activations']!r}: outputs are not quantized here"
+        )
     given, inputs = values.get("weights"), values.get("input_activations")
     if given is None and inputs is None:
         return None

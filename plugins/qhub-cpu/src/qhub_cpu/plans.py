@@ -19,6 +19,7 @@ __all__ = ["FLOAT_KINDS", "Plan", "plan_of"]
 
 FLOAT_KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 _KINDS = {**FLOAT_KINDS, torch.uint8: U8, torch.int8: I8}
+_ONE = torch.ones(1, dtype=torch.float32)
 _MODES = {"constant": CONSTANT, "value": VALUE, "offset": OFFSET}
 
 
@@ -119,6 +120,10 @@ def _shift(nested: Nested | None) -> int:
 
 def _numbers(name: str, nested: Nested | None, parts: Parts) -> tuple[Numbers, tuple[str | int, ...]]:
     dtype = parts[name].dtype
+    if nested is None and dtype not in _KINDS:
+        # Powers of two in E8M0: looked up like nested ones, under a second level that is 1.
+        numbers = Numbers(kind=U8, table=1, super_kind=F32, divide=0, offset=0)
+        return numbers, (name, _ONE.data_ptr(), _float8_values(dtype).data_ptr(), 0)
     if nested is None:
         return Numbers(_KINDS[dtype]), (name, 0, 0, 0)
     # A float8 code is one of 256 values: it is looked up like any other code.

@@ -11,7 +11,7 @@ from torch import Tensor
 from qhub import ConfigSpec, hookimpl
 from qhub.formats import Container, Format
 from qhub.layouts import Layout
-from qhub.plan import LayerPlan, Skip, WeightInfo
+from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
 
 __all__: list[str] = []
 
@@ -73,3 +73,10 @@ def qhub_save(
     from qhub_gguf.saving import save
 
     return save(config, model, folder, container, max_shard_size)  # type: ignore[arg-type]
+
+
+@hookimpl
+def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
+    from qhub_gguf.adopt import adopt
+
+    return adopt(layouts, options)

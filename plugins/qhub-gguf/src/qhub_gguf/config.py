@@ -43,6 +43,8 @@ class GgufQuantConfig(MethodConfig):
             raise ConfigError(f"gguf: there is no file type {self.file_type!r}; there are {', '.join(FILE_TYPES)}")
         for expression, name in (self.tensor_types or {}).items():
             if name not in TYPES:
-                raise ConfigError(f"gguf: tensor_types gives {expression!r} the type {name!r}, which ggml does not have")
+                raise ConfigError(
+                    f"gguf: tensor_types gives {expression!r} the type {name!r}, which ggml does not have"
+                )
         if self.imatrix is not None and self.calibrate:
             raise ConfigError("gguf: imatrix names a file and calibrate asks to make one: choose one of them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qhub.errors import ConfigError
@@ -30,9 +30,7 @@ def plan_weights(config: Any, weights: Sequence[WeightInfo], model_config: Any) 
                 f"gguf: {kind.name} holds runs of {kind.count} weights, which do not divide the {weight.in_features} "
                 f"input features of {weight.name}: give it another type in tensor_types"
             )
-        layout = Blocks(
-            out_features=weight.out_features, in_features=weight.in_features, record=record_of(kind.name)
-        )
+        layout = Blocks(out_features=weight.out_features, in_features=weight.in_features, record=record_of(kind.name))
         own = statistics if weight.kind != "embedding" else ()
         plan[weight.name] = LayerPlan(layout, statistics=own, rows_independent=True)
     return plan

@@ -26,7 +26,9 @@ logger = logging.getLogger("qhub")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-def save(config: Any, model: Any, folder: Path, container: GgufContainer | None, max_shard_size: int | str) -> list[Path]:
+def save(
+    config: Any, model: Any, folder: Path, container: GgufContainer | None, max_shard_size: int | str
+) -> list[Path]:
     """Write ``model`` into ``folder``; ``container``: the file it was loaded from, None if it was quantized."""
     if container is None:
         paths = _new(config, model, folder / "model.gguf", _bytes(max_shard_size))
@@ -75,9 +77,7 @@ def _changes(container: GgufContainer, value: Tensor, entries: list[Entry]) -> d
         if info.type.dtype is None:
             from qhub_gguf.records import record_of
 
-            layout = Blocks(
-                out_features=info.shape[-2], in_features=info.shape[-1], record=record_of(info.type.name)
-            )
+            layout = Blocks(out_features=info.shape[-2], in_features=info.shape[-1], record=record_of(info.type.name))
             data = layout.fitted(dense.reshape(-1, info.shape[-1]))["blocks"]
         else:
             data = dense.to(info.type.dtype)

@@ -81,7 +81,16 @@ TYPES: dict[str, GgmlType] = {kind.name: kind for kind in sorted(_ALL, key=lambd
 _BY_ID = {kind.id: kind for kind in _ALL}
 
 # Numbers that llama.cpp used once and gave up, for messages.
-REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}  # fmt: skip
+REMOVED = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
 
 _BY_DTYPE = {kind.dtype: kind for kind in _ALL if kind.dtype is not None}
 

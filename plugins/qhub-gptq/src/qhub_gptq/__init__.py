@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qhub.formats import Format
     from qhub.layouts import Layout
     from qhub.merging import AdapterPolicy
-    from qhub.plan import LayerPlan, Skip, WeightInfo
+    from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
 
 
@@ -95,3 +95,10 @@ def qhub_doctor() -> Iterable[Finding]:
     from qhub_gptq.config import findings
 
     return findings()
+
+
+@hookimpl
+def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
+    from qhub_gptq.adopt import adopt
+
+    return adopt(layouts, options)

@@ -1,7 +1,7 @@
 """QuIP#'s codebooks: which 8 weights each code stands for (Tseng et al. 2024, section 4.2 and appendix C).
 
-E8P is a coset of the lattice D8 cut to 256 magnitudes, with signs, shifted by 1/4 to either side: 16 bits. The third bit
-of E8P12RVQ3B is a second code of 8 bits into the 256 shortest vectors of E8; E8P12RVQ4B has a second E8P code. Both are
+E8P is a coset of the lattice D8 cut to 256 magnitudes, with signs, shifted by 1/4 to either side: 16 bits. The third
+bit of E8P12RVQ3B is a second code of 8 bits into 256 short vectors of E8; E8P12RVQ4B has a second E8P code. Both are
 added divided by a scale (residual vector quantization).
 """
 
@@ -49,8 +49,8 @@ CODEBOOKS = {
     "E8P12RVQ3B": CodebookKind(18, 0, (16, 8), 2.04, 8 / 3),
 }
 
-# The magnitudes of squared norm 12 that complete the 227 shorter ones, times 2, in the order of their codes: a choice of
-# 29 among the 56 with five entries of 3/2 (QuIP#, appendix C; lib/codebook/latticee8_padded12.py).
+# The magnitudes of squared norm 12 that complete the 227 shorter ones, times 2, in the order of their codes: a choice
+# of 29 among the 56 with five entries of 3/2 (QuIP#, appendix C; lib/codebook/latticee8_padded12.py).
 _NORM_12 = (
     "31113333", "13113333", "11313333", "11133333", "33313311", "33313131", "33311331", "33313113", "33311313",
     "33311133", "33133311", "33133131", "33131331", "33133113", "33131313", "33131133", "31333311", "31333131",
@@ -75,8 +75,8 @@ def _e8p_rows() -> list[list[float]]:
 
 
 def _shortest_of_e8() -> list[list[float]]:
-    """Return the zero vector and the 240 of squared norm 2 in E8, whole numbers first, each kind in lexicographic order,
-    then 15 of squared norm 4, one entry 2 and then -2; the last one would be the 257th."""
+    """Return the zero vector and the 240 of squared norm 2 in E8, whole numbers first, each kind in lexicographic
+    order; then 15 with one entry of 2 or -2, in this order: the sixteenth would be the 257th vector."""
     whole = [v for v in itertools.product((-1.0, 0.0, 1.0), repeat=WIDTH) if sum(c * c for c in v) in (0.0, 2.0)]
     halves = [v for v in itertools.product((-0.5, 0.5), repeat=WIDTH) if sum(v) % 2 == 0]
     longer = [[2.0 * sign * (i == j) for i in range(WIDTH)] for sign in (1.0, -1.0) for j in range(WIDTH)]
@@ -93,8 +93,9 @@ def lattice_layout(
 ) -> Codebook:
     """Return the layout W = diag(SV) H_N What H_K diag(SU / scaleWH), What = Wscale * (vector + residual / scale).
 
-    ``residual_scale``: None for the codebook's own. ``factors``: the orders of the Hadamard matrices of the output's and
-    the input's rotation (:func:`qhub_quip.hadamard.factor_of`). ``rescaled``: whether inputs are divided by scaleWH.
+    ``residual_scale``: None for the codebook's own. ``factors``: the orders of the Hadamard matrices of the output's
+    and the input's rotation (:func:`qhub_quip.hadamard.factor_of`). ``rescaled``: whether inputs are divided by
+    scaleWH.
     Source: Tseng et al. 2024, algorithms 1 and 3; QuIP#'s lib/codebook, ``forward``.
     """
     kind = CODEBOOKS[name]

@@ -4,9 +4,9 @@
 
 Of QuIP# (github.com/Cornell-RelaxML/quip-sharp) only the codebooks and the rotations are used, which need no GPU once
 the modules with CUDA code are replaced by empty ones. Keys: ``<case>.<entry>`` the entries of a layer;
-``<case>.input`` the matrix (after the rotations, over Wscale) that QuIP# rounded; ``<case>.rounded`` what it rounded it
-to; ``<case>.dequantized`` the weight. The header's metadata hold each case's settings as JSON, a digest of each Hadamard
-matrix, and a digest of each codebook's table of 65,536 or 256 vectors.
+``<case>.input`` the matrix (after the rotations, over Wscale) that QuIP# rounded; ``<case>.rounded`` what it rounded
+it to; ``<case>.dequantized`` the weight. The header's metadata hold each case's settings as JSON, a digest of each
+Hadamard matrix, and a digest of each codebook's table of 65,536 or 256 vectors.
 """
 
 import hashlib

@@ -13,6 +13,13 @@ from qhub_torchao.words import fields_of, group, named, per_row, per_tensor
 
 __all__ = ["KINDS", "complete", "parts_of"]
 
+_ENUMERATIONS = frozenset(
+    {
+        "Float8PackingFormat", "Int4ChooseQParamsAlgorithm", "Int4PackingFormat", "IntxChooseQParamsAlgorithm",
+        "IntxPackingFormat", "KernelPreference", "MappingType",
+    }
+)  # fmt: skip
+
 _SYMMETRIC = named("MappingType", "SYMMETRIC", None)
 _ASYMMETRIC = named("MappingType", "ASYMMETRIC", None)
 _E4M3 = named("torch.dtype", "float8_e4m3fn", None)
@@ -107,10 +114,23 @@ def complete(value: Any) -> dict[str, Any]:
     unknown = sorted(set(data) - set(defaults))
     if unknown:
         raise ConfigError(f"{kind} has no fields {unknown}; it has {', '.join(defaults)}")
-    found = {name: data.get(name, default) for name, default in defaults.items()}
+    found = {name: _typed(name, data.get(name, default), default) for name, default in defaults.items()}
     if kind == "FqnToConfig":
         found = _complete_parts(found)
     return named(kind, found, current)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """Return a word given as a plain string ("int4", "asymmetric") as the dtype or enumeration that the field has."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if default is None:
+        kind = "torch.dtype" if name.endswith("dtype") else None
+    else:
+        kind = default.get("_type") if isinstance(default, Mapping) else None
+    if kind == "torch.dtype":
+        return named(kind, value.lower().removeprefix("torch."), None)
+    return value if kind is None or kind not in _ENUMERATIONS else named(kind, value.upper(), None)
 
 
 def _complete_parts(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def _numbers(settings: Settings) -> Settings:
 def settings_named(weight: WeightInfo, by_name: Mapping[str, Settings | None]) -> Settings | Skip:
     """Return the settings of ``weight``, or why there are none.
 
-    The parameter's name wins over the module's, both over patterns (``"re:..."``, the first that matches), and these over
-    ``"_default"``. Source: transformers 5.23, ``TorchAoQuantize.convert`` (integrations/torchao.py).
+    The parameter's name wins over the module's, both over patterns (``"re:..."``, the first that matches), and these
+    over ``"_default"``. Source: transformers 5.23, ``TorchAoQuantize.convert`` (integrations/torchao.py).
     """
     if weight.kind == "experts":
         return Skip("torchao's files hold no fused experts; linear layers are quantized")

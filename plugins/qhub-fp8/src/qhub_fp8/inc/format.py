@@ -28,13 +28,9 @@ __all__ = ["IncFormat"]
 _SCALES = ("scale_weight", "dequant_weights.scale")
 _INPUT_SCALES = ("scale_input", "quant_input.scale")
 # Said twice: reciprocals, and zeros that floats have no use for.
-_COMPANIONS = (
-    "quant_input.scale_inv",
-    "quant_input.zero_point",
-    "dequant_weights.scale_inv",
-    "dequant_weights.zero_point",
-    "dequant_output.zero_point",
-)
+_RECIPROCALS = ("quant_input.scale_inv", "dequant_weights.scale_inv")
+_ZEROS = ("quant_input.zero_point", "dequant_weights.zero_point", "dequant_output.zero_point")
+_COMPANIONS = (*_RECIPROCALS, *_ZEROS)
 
 
 class IncFormat(Format):
@@ -76,6 +72,12 @@ class IncFormat(Format):
         name = one_of(entries, _SCALES)
         if name is None:
             raise LayoutError(f"a weight of inc needs one of the entries {list(_SCALES)}; found {sorted(entries)}")
+        for other in _RECIPROCALS:
+            if other in entries:
+                positive_scale(other, entries[other])
+        for other in _ZEROS:
+            if other in entries and entries[other].device.type != "meta" and bool((entries[other].float() != 0).any()):
+                raise LayoutError(f"entry {other!r} holds something else than 0, which 8-bit floats have no use for")
         scales = positive_scale(name, entries[name])
         count = layout.scale_shape[0]
         if scales.numel() != count:

@@ -1,7 +1,7 @@
 """Parses the header of one physical GGUF file; nothing that the file merely claims is allocated.
 
-Every length is held against the bytes that are there before anything is made from it. Source: docs/gguf.md of ggml; what
-is refused beyond that follows gguf.cpp, which refuses it too.
+Every length is held against the bytes that are there before anything is made from it. Source: docs/gguf.md of ggml;
+what is refused beyond that follows gguf.cpp, which refuses it too.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ def _located(
             raise CheckpointError(f"{where} begins at {offset}, which is no multiple of the alignment {alignment}")
         if start + offset + nbytes > size:
             raise CheckpointError(
-                f"{where} ({kind.name}, shape {shape}) needs bytes {start + offset} to {start + offset + nbytes}, and the "
-                f"file ends at {size}: it is truncated or damaged"
+                f"{where} ({kind.name}, shape {shape}) needs the bytes up to {start + offset + nbytes}, and the file ends at "
+                f"{size}: it is truncated or damaged"
             )
         tensors[name] = TensorInfo(name, kind, shape, start + offset, nbytes, part)
     previous: TensorInfo | None = None

@@ -23,8 +23,8 @@ __all__ = ["GgufFile"]
 class GgufFile:
     """Is an open GGUF model: one file, or all the files of a split one.
 
-    ``metadata``: of the first file, in its order; ``tensors``: of all files, in their order; ``alignment``: of the first
-    file; ``paths`` and ``headers``: one per file. Tensors are views of a private, copy-on-write mapping: writing into
+    ``metadata``: of the first file, in its order; ``tensors``: of all files, in their order; ``alignment``: of the
+    first file; ``paths`` and ``headers``: one per file. Tensors are views of a private, copy-on-write mapping: writing into
     one changes memory, never the file. They keep the mapping alive; the object itself may go. A file that is replaced
     meanwhile (renamed over, as writers do) stays readable as it was.
     """
@@ -44,8 +44,8 @@ class GgufFile:
     def open(cls, path: str | os.PathLike[str]) -> GgufFile:
         """Map the file and check its header; ``path``: of a split model any part.
 
-        Raises :class:`CheckpointError` that names file and tensor (or key) for whatever does not add up: magic, version,
-        lengths, types, offsets, truncation, missing parts.
+        Raises :class:`CheckpointError` that names file and tensor (or key) for whatever does not add up: magic,
+        version, lengths, types, offsets, truncation, missing parts.
         """
         first = Path(path)
         mapped, header = _open(first, 0)

@@ -14,7 +14,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def part_path(path: Path, number: int, count: int) -> Path:
-    """Return the path of part ``number`` (from 0) of the ``count`` files that ``path`` (``model.gguf``) is split into."""
+    """Return the path of part ``number`` (from 0) of the ``count`` files that ``path`` is split into."""
     return path.with_name(f"{path.name.removesuffix('.gguf')}-{number + 1:05d}-of-{count:05d}.gguf")
 
 

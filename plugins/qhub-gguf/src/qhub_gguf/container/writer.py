@@ -45,8 +45,9 @@ class _Piece:
 def write(path: str | os.PathLike[str], metadata: Mapping[str, Value], tensors: Mapping[str, TensorSource]) -> Path:
     """Write one GGUF file; ``metadata`` and ``tensors`` in the order given. Returns its path.
 
-    The alignment is ``general.alignment`` of the metadata, or 32. Written beside, flushed to disk and renamed: a failure
-    leaves what was there. Raises :class:`CheckpointError` naming a tensor whose data is not what its type and shape say.
+    The alignment is ``general.alignment`` of the metadata, or 32. Written beside, flushed to disk and renamed: a
+    failure leaves what was there. Raises :class:`CheckpointError` naming a tensor whose data is not what its type and
+    shape say.
     """
     target = Path(path)
     _write_all([_Piece(target, metadata, tensors)])
@@ -89,8 +90,8 @@ def write_like(
     """Write ``source`` again with some tensors and values replaced; without changes the bytes are the same.
 
     ``changed``: by name, of tensors that ``source`` has. ``metadata``: instead of the first file's. A split model is
-    written as the same parts; ``path`` is then ``model.gguf`` and names them as in :func:`write_split`. Writing over the
-    source itself is fine. Returns the paths.
+    written as the same parts; ``path`` is then ``model.gguf`` and names them as in :func:`write_split`. Writing over
+    the source itself is fine. Returns the paths.
     """
     changed = changed or {}
     unknown = sorted(set(changed) - set(source.tensors))
@@ -139,7 +140,7 @@ def _write_all(pieces: Sequence[_Piece]) -> None:
                 handle.write(head)
                 _write_tensors(handle, piece)
         for temporary, target in finished:
-            os.replace(temporary, target)
+            temporary.replace(target)
     except BaseException:
         for temporary, _ in finished:
             temporary.unlink(missing_ok=True)
@@ -161,7 +162,7 @@ def _beside(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
         # mkstemp makes files that only their owner may read.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        Path(name).chmod(0o666 & ~mask)
 
 
 def _flush_folder(folder: Path) -> None:

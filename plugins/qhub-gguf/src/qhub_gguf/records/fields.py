@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,14 @@ def spread(field: Tensor, bits: int, run: int) -> Tensor:
     """
     if bits == 8:
         return field
+    if run == 1:
+        rows = _neighbours(bits, field.device).index_select(0, field.flatten().int())
+        return rows.view(torch.uint8).reshape(*field.shape[:-1], -1)
     mask = 2**bits - 1
-    runs = field.unflatten(-1, (-1, run))
-    planes = [runs >> shift & mask for shift in range(0, 8, bits)]
-    return torch.stack(planes, dim=-2).flatten(-3)
+    field = field.contiguous()
+    # The uppermost bits need no mask and the lowest no shift.
+    planes = [field & mask, *(field >> shift & mask for shift in range(bits, 8 - bits, bits)), field >> 8 - bits]
+    return torch.stack([plane.unflatten(-1, (-1, run)) for plane in planes], dim=-2).flatten(-3)
 
 
 def join(codes: Tensor, bits: int, run: int) -> Tensor:
@@ -45,3 +51,11 @@ def join(codes: Tensor, bits: int, run: int) -> Tensor:
     for index in range(1, 8 // bits):
         field |= planes[..., index, :] << (bits * index)
     return field.flatten(-2)
+
+
+@functools.lru_cache(maxsize=32)
+def _neighbours(bits: int, device: torch.device) -> Tensor:
+    """Return for each byte its codes of ``bits`` bits, lowest first, put together to one number: fetched at once."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    codes = torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], dim=-1)
+    return codes.view({1: torch.int64, 2: torch.int32, 4: torch.int16}[bits]).flatten().to(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["affine_fit", "affine_search", "columns_of", "default_importance", "uniform_fit", "uniform_search"]
+__all__ = ["affine_fit", "affine_search", "columns_of", "uniform_fit", "uniform_search"]
 
 # How far from spanning a run exactly its first guesses begin: a step too large or too small by so much.
 _GUESSES = 10
@@ -28,14 +28,7 @@ def columns_of(weights: Tensor, importance: Tensor | None, group: int) -> tuple[
         return tensor.reshape(-1, weights.shape[-1] // group, group).permute(2, 1, 0).contiguous()
 
     x = turned(weights.float())
-    if importance is None:
-        return x, default_importance(x)
-    return x, turned(importance.expand(weights.shape))
-
-
-def default_importance(x: Tensor) -> Tensor:
-    """Return what errors of ``x`` (members, ...) count when nothing is known about the inputs."""
-    return x.square().mean(0, keepdim=True).sqrt() + x.abs()
+    return x, torch.ones_like(x) if importance is None else turned(importance.expand(weights.shape))
 
 
 def uniform_fit(

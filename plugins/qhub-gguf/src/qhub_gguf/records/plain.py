@@ -103,7 +103,11 @@ def _readings(layout: Affine | Lookup, parts: Parts, group: int) -> Iterator[tup
             whole = table * factor
             if steps is not None and bool(((whole == whole.round()) & (whole.abs() <= 128)).all()):
                 codes = unpack(parts["qweight"], layout.bits, layout.in_features)
-                yield whole.to(torch.int16).index_select(0, codes.flatten().int()).reshape(codes.shape), steps / factor, None
+                yield (
+                    whole.to(torch.int16).index_select(0, codes.flatten().int()).reshape(codes.shape),
+                    steps / factor,
+                    None,
+                )
                 return
         return
     scales, zeros = layout.scales_and_zeros(parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qhub_gguf.records import grids
 from qhub_gguf.records.base import divided
-from qhub_gguf.records.fields import join, spread
+from qhub_gguf.records.fields import join
 
 if TYPE_CHECKING:
     from qhub_gguf.records.lattice import LatticeRecord
@@ -89,10 +89,7 @@ def _moved_together(record: LatticeRecord, x: Tensor, w: Tensor | None) -> Tenso
 def fit_lattice(record: LatticeRecord, weights: Tensor, importance: Tensor | None) -> Tensor:
     """Return records (..., size) near to ``weights`` (..., 256)."""
     x = weights.float().unflatten(-1, (-1, record.group))
-    if importance is None:
-        w = x.square().mean(-1, keepdim=True).sqrt() + x.abs()
-    else:
-        w = importance.expand(weights.shape).unflatten(-1, (-1, record.group))
+    w = torch.ones_like(x) if importance is None else importance.expand(weights.shape).unflatten(-1, (-1, record.group))
     search = _LatticeSearch(record, x, w)
     data = torch.zeros(*weights.shape[:-1], record.size, dtype=torch.uint8, device=weights.device)
     factor, levels = search.levels(search.free())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Levels", "fit_levels"]
 
-_ROUNDS = 4
+_ROUNDS = 3
 _TINY = 1e-30
 _HALF_MAX = 65504.0
 
