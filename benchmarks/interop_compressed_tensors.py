@@ -235,7 +235,8 @@ def _read_peer(job: dict[str, Any], folder: Path) -> None:
         if wrong:
             raise ValueError(f"the library's own loading finds {str(wrong)[:500]}")
         found["logits"] = _logits(loaded)
-        found["comparable"] = torch.tensor(_comparable(loaded, config))
+        dense = "quantization_config" in _ways(config)
+        found["comparable"] = torch.tensor(_comparable(loaded, config) and not (dense and job["dtype"] != "float32"))
     save_file(found, folder.with_suffix(".peer"))
 
 
@@ -253,8 +254,8 @@ def _comparable(model: Any, config: Any) -> bool:
 def _ways(config: Any) -> dict[str, Any]:
     """Return how transformers 5.23 with the library loads and runs the folder, for it cannot do so in every way.
 
-    Packed zeros it takes for ones of another shape, unless weights are dequantized while loading; small floats it
-    decompresses to bfloat16, whatever the model's dtype.
+    Packed zeros it takes for ones of another shape, unless weights are dequantized while loading, in the dtype of the
+    scales; small floats it decompresses to bfloat16, whatever the model's dtype.
     """
     from transformers import CompressedTensorsConfig
 

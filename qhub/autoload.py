@@ -19,7 +19,12 @@ __all__ = ["arm"]
 _TARGETS = ("transformers.quantizers.auto", "transformers.modeling_utils")
 _CONFIGS = "transformers.utils.quantization_config"
 # What reads config and tokenizer out of a container, in processes that make no model too.
-_READERS = ("transformers.modeling_gguf_pytorch_utils", "transformers.integrations.gguf.reader")
+_READERS = (
+    "transformers.modeling_gguf_pytorch_utils",
+    "transformers.integrations.gguf.reader",
+    "transformers.integrations.gguf.gguf_tokenizer_mapping",
+    "transformers.integrations.ggml",
+)
 # Not the package: where PEFT is what imports torch, that is there already and half made.
 _PEFT = "peft.peft_model"
 

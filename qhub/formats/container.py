@@ -54,6 +54,11 @@ class Container(ABC):
         """
 
     @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """Return what the file says besides weights: ``{"config": ..., "tokenizer": ..., "tokenizer_config": ...}``,
-        as transformers' ``load_gguf_checkpoint`` does."""
+    def config(self) -> dict[str, Any]:
+        """Return the model's config as the values of a ``config.json``, ``model_type`` and ``architectures`` among
+        them."""
+
+    @abstractmethod
+    def tokenizer(self) -> tuple[Any, dict[str, Any]]:
+        """Return the file's tokenizer, a ``tokenizers.Tokenizer``, and what transformers' tokenizer class takes beside
+        it (special tokens, chat template)."""

@@ -16,6 +16,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qhub.integrations.late import when_complete
+
 if TYPE_CHECKING:
     from qhub.calibration import CalibrationOptions
 
@@ -57,22 +59,8 @@ def calibration_of(config: Any) -> CalibrationOptions:
 
 def prepare(module: ModuleType) -> None:
     """Call the functions of the group with ``module``, or arrange that when its import is still under way."""
-    if getattr(module.__spec__, "_initializing", False):
-        # It imports torch in its own first lines, and torch's import is what brings qhub in: the usual case.
-        module.__class__ = _Incomplete
-    else:
-        _call_plugins(module)
-
-
-class _Incomplete(ModuleType):
-    """Is a module in the middle of its import: prepared at its first use (like importlib.util.LazyLoader)."""
-
-    def __getattribute__(self, name: str) -> Any:
-        get = super().__getattribute__
-        if not name.startswith("__") and not getattr(get("__spec__"), "_initializing", False):
-            self.__class__ = ModuleType  # type: ignore[assignment]
-            _call_plugins(self)
-        return get(name)
+    # It imports torch in its own first lines, and torch's import is what brings qhub in: the usual case.
+    when_complete(module, _call_plugins)
 
 
 def _call_plugins(module: ModuleType) -> None:

@@ -75,8 +75,19 @@ def wrap_readers() -> None:
 
     Its own readers trust every number in a file, and want the package gguf for most architectures.
     """
+    lead = "transformers.integrations.gguf"
     wrap_when_imported("transformers.modeling_gguf_pytorch_utils", "load_gguf_checkpoint", _described)
-    wrap_when_imported("transformers.integrations.gguf.reader", "read_gguf_metadata", _checked)
+    wrap_when_imported(f"{lead}.reader", "read_gguf_metadata", _checked)
+    wrap_when_imported(f"{lead}.gguf_tokenizer_mapping", "get_gguf_tokenizer", _tokenizer)
+    # 5.17 and 5.23 have it in different places.
+    for module in (f"{lead}.gguf_tokenizer_mapping", "transformers.integrations.ggml"):
+        wrap_when_imported(module, "convert_gguf_tokenizer", _converted)
+
+
+class _Ready(dict[str, Any]):
+    """Stands for the tokens and merges that transformers would make a tokenizer from: here it is made already."""
+
+    backend: Any
 
 
 def _open(path: Any) -> Container | None:
@@ -90,10 +101,34 @@ def _described(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict
     call = inspect.signature(original).bind(*args, **kwargs)
     path, wants_tensors = call.args[0], call.arguments.get("return_tensors", False)
     container = None if wants_tensors else _open(path)
-    return original(*args, **kwargs) if container is None else container.description()
+    if container is None:
+        return original(*args, **kwargs)
+    tokenizer, tokenizer_config = _ready(container)
+    return {"config": container.config(), "tokenizer": tokenizer, "tokenizer_config": tokenizer_config}
+
+
+def _ready(container: Container) -> tuple[_Ready, dict[str, Any]]:
+    backend, settings = container.tokenizer()
+    tokenizer = _Ready(tokenizer_type="ready")
+    tokenizer.backend = backend
+    return tokenizer, settings
 
 
 def _checked(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # A damaged file is refused by name here, before a length in it is believed.
     _open(args[0] if args else kwargs["gguf_path"])
     return original(*args, **kwargs)
+
+
+def _tokenizer(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    path = args[0] if args else kwargs["gguf_path"]
+    container = _open(path)
+    if container is None:
+        return original(*args, **kwargs)
+    tokenizer, settings = _ready(container)
+    return container.config().get("model_type"), tokenizer, settings
+
+
+def _converted(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = inspect.signature(original).bind(*args, **kwargs).args[1]
+    return (found.backend, {}) if isinstance(found, _Ready) else original(*args, **kwargs)

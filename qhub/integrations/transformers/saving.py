@@ -20,6 +20,7 @@ from transformers import core_model_loading as host
 
 from qhub.errors import CheckpointError, UnsupportedError
 from qhub.formats import Format
+from qhub.integrations.transformers.headers import sort_metadata
 from qhub.integrations.transformers.recording import record_config
 from qhub.layouts import Layout
 from qhub.registry import registry
@@ -136,6 +137,8 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
             # The entries are in their original names already when transformers gets them.
             given.update(save_directory=staging, push_to_hub=False, save_original_format=False)
             original(*call.args, **call.kwargs)
+        for file in staging.glob("*.safetensors"):
+            sort_metadata(file)
         write_companion(model, staging)
         written = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
         publish(staging, target)

@@ -36,11 +36,10 @@ class GgufQuantConfig(MethodConfig):
     output: bool = True
 
     def __post_init__(self) -> None:
-        from qhub_gguf.mixes import FILE_TYPES
+        from qhub_gguf.mixes import file_type_of
         from qhub_gguf.types import TYPES
 
-        if self.file_type not in FILE_TYPES:
-            raise ConfigError(f"gguf: there is no file type {self.file_type!r}; there are {', '.join(FILE_TYPES)}")
+        file_type_of(self.file_type)
         for expression, name in (self.tensor_types or {}).items():
             if name not in TYPES:
                 raise ConfigError(

@@ -1,8 +1,8 @@
 """Importance matrices: how large each input feature of a layer is, by the layer's name in the file.
 
-llama.cpp writes them in two forms, a GGUF file (sums of squares and counts) and, before August 2025, a ``.dat`` file (means
-times a number of calls); both are read and written. Source: ``save_imatrix``, ``save_imatrix_legacy`` (tools/imatrix) and
-``common_imatrix_load`` (common/imatrix-loader.cpp) of llama.cpp.
+llama.cpp writes them in two forms, a GGUF file (sums of squares and counts) and, before August 2025, a ``.dat`` file
+(means times a number of calls); both are read and written. Source: ``save_imatrix``, ``save_imatrix_legacy``
+(tools/imatrix) and ``common_imatrix_load`` (common/imatrix-loader.cpp) of llama.cpp.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CHUNK = 512
 class ImportanceMatrix:
     """Holds the mean of x^2 per input feature.
 
-    ``values``: by tensor name of the file (``blk.0.attn_q.weight``), float32 (K,), or (E, K) for experts; finite and not
-    negative. ``counts``: by name, tokens seen, int64 () or (E,); 0 for an expert that saw none. ``datasets``: what it was
-    measured on, in words. ``chunk``: tokens per chunk, which the files want to know.
+    ``values``: by tensor name of the file (``blk.0.attn_q.weight``), float32 (K,), or (E, K) for experts; finite and
+    not negative. ``counts``: by name, tokens seen, int64 () or (E,); 0 for an expert that saw none. ``datasets``: what
+    it was measured on, in words. ``chunk``: tokens per chunk, which the files want to know.
     """
 
     values: dict[str, Tensor]
@@ -67,8 +67,8 @@ class ImportanceMatrix:
         prefix: bool = True,
         datasets: tuple[str, ...] = (),
     ) -> ImportanceMatrix:
-        """Make one from what qhub measured: by parameter of the model, the mean of x^2 (K,) or (E, K), and the tokens it
-        is the mean of, () or (E,). A parameter that several tensors make up gives its importance to each."""
+        """Make one from what qhub measured: by parameter of the model, the mean of x^2 (K,) or (E, K), and the tokens
+        it is the mean of, () or (E,). A parameter that several tensors make up gives its importance to each."""
         values, counts = {}, {}
         for name, entries in names.of_model(mean_squares, prefix).items():
             for entry in entries:
@@ -210,8 +210,8 @@ class _Reader:
     def take(self, length: int, what: str) -> bytes:
         if length < 0 or length > self.left:
             raise CheckpointError(
-                f"{self.path} is a truncated or damaged importance matrix: {what} claims {length} bytes, and {self.left} "
-                "are left"
+                f"{self.path} is a truncated or damaged importance matrix: {what} claims {length} bytes, and "
+                f"{self.left} are left"
             )
         self.position += length
         return self.data[self.position - length : self.position]

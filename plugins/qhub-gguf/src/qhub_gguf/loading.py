@@ -17,7 +17,7 @@ from qhub.plan import WeightInfo
 from qhub_gguf.container import GgufFile
 from qhub_gguf.names import Entry, architecture_of
 from qhub_gguf.names import Mapping as Names
-from qhub_gguf.records import RECORDS, record_of
+from qhub_gguf.records import record_of
 
 __all__ = ["GgufContainer", "names_of"]
 
@@ -122,12 +122,15 @@ class GgufContainer(Container):
         layout.check_values({"blocks": rows})
         return layout.decode({"blocks": rows}).reshape(info.shape)
 
-    def description(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         from qhub_gguf.metadata import config_of
-        from qhub_gguf.tokenizers import tokenizer_of
 
-        tokenizer, tokenizer_config = tokenizer_of(self.file)
-        return {"config": config_of(self.file), "tokenizer": tokenizer, "tokenizer_config": tokenizer_config}
+        return config_of(self.file)
+
+    def tokenizer(self) -> tuple[Any, dict[str, Any]]:
+        from qhub_gguf.metadata import tokenizer_of
+
+        return tokenizer_of(self.file)
 
 
 def _joined(
@@ -144,7 +147,3 @@ def _joined(
     rows = torch.stack(blocks, -2).flatten(-3, -2)
     return layouts[0].with_rows(rows.shape[-2]), {"blocks": rows}
 
-
-def known_types() -> list[str]:
-    """Return the names of the block types that can be read."""
-    return list(RECORDS)

@@ -139,9 +139,9 @@ def types_for(
     """Return the type of every tensor, by its name in the file.
 
     ``config``: of the model (transformers). ``shapes``: of all tensors that will be written, torch's order (K last):
-    the choice depends on which there are (without ``output.weight`` the embeddings are the output head too) and on their
-    order by layer. ``overrides``: {regular expression searched in the name: type}; the first that matches wins; for
-    tensors that can be quantized. ``importance``: whether there is an importance matrix, which moves a few choices.
+    the choice depends on which there are (without ``output.weight`` the embeddings are the output head too) and on
+    their order by layer. ``overrides``: {regular expression searched in the name: type}; the first that matches wins;
+    for tensors that can be quantized. ``importance``: whether there is an importance matrix, which moves a few choices.
     Tensors that are never quantized get F32. Raises :class:`ConfigError` for unknown types.
     """
     kind = file_type_of(file_type)
@@ -214,7 +214,9 @@ class _Model:
     def of(
         cls, config: Any, shapes: Mapping[str, tuple[int, ...]], architecture: str | None, importance: bool
     ) -> _Model:
-        get = lambda *names: next((v for name in names if (v := getattr(config, name, None)) is not None), 0)  # noqa: E731
+        def get(*names: str) -> Any:
+            return next((value for name in names if (value := getattr(config, name, None)) is not None), 0)
+
         heads, kv_heads = get("num_attention_heads", "n_head", "num_heads"), get("num_key_value_heads")
         if getattr(config, "model_type", None) == "falcon":
             kv_heads = 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads

@@ -112,15 +112,33 @@ def _pieces(layout: Layout, parts: Mapping[str, Tensor], entries: list[Entry]) -
 
 
 def _new(config: Any, model: Any, path: Path, max_bytes: int) -> list[Path]:
-    from qhub_gguf.metadata import metadata_of
+    from qhub_gguf.metadata import metadata_of, size_label
+    from qhub_gguf.mixes import file_type_of
 
     names, prefix = names_of(model)
     state = _state(model)
     tensors: dict[str, TensorSource] = {}
     for name, entries in names.of_model(state, prefix).items():
         tensors |= _sources(name, state[name], entries)
-    metadata = metadata_of(model.config, tokenizer=_tokenizer(model), file_type=config.file_type)
+    tensors |= _computed(model)
+    metadata = metadata_of(
+        model.config,
+        tokenizer=_tokenizer(model),
+        file_type=file_type_of(config.file_type).number,
+        name=Path(model.config.name_or_path or "").name or None,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        label=size_label(sum(parameter.numel() for parameter in model.parameters())),
+    )
     return write_split(path, metadata, tensors, max_bytes)
+
+
+def _computed(model: Any) -> dict[str, TensorSource]:
+    """Return tensors that a file has and a model computes: frequencies of rotary embeddings."""
+    from qhub_gguf.metadata import extra_tensors
+    from qhub_gguf.names import architecture_of_config
+
+    found = extra_tensors(model.config, architecture_of_config(model.config))
+    return {name: TensorSource("F32", tuple(tensor.shape), tensor) for name, tensor in found.items()}
 
 
 def _sources(name: str, value: Tensor, entries: list[Entry]) -> dict[str, TensorSource]:

@@ -71,11 +71,11 @@ def qhub_adapter() -> AdapterPolicy:
 
 
 @hookimpl
-def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
+def qhub_adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
     """Hold integers with whole zeros and float8 weights in torchao's tensors."""
     from qhub_torchao.adopt import adopt
 
-    return adopt(layouts, options)
+    return adopt(layouts, others, options)
 
 
 @hookimpl

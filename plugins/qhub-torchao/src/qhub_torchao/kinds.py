@@ -109,11 +109,15 @@ def complete(value: Any) -> dict[str, Any]:
     kind, data, version = fields_of(value)
     kind, data = _todays(kind, data, version)
     if kind not in KINDS:
-        raise ConfigError(f"the torchao config {kind!r} is not offered: there are {', '.join(sorted(KINDS))}")
+        raise ConfigError(
+            f"quant_type of a torchao config: {kind!r} is not offered, there are {', '.join(sorted(KINDS))}"
+        )
     current, defaults = KINDS[kind]
     unknown = sorted(set(data) - set(defaults))
     if unknown:
-        raise ConfigError(f"{kind} has no fields {unknown}; it has {', '.join(defaults)}")
+        raise ConfigError(
+            f"quant_type of a torchao config: {kind} has no fields {unknown}; it has {', '.join(defaults)}"
+        )
     found = {name: _typed(name, data.get(name, default), default) for name, default in defaults.items()}
     if kind == "FqnToConfig":
         found = _complete_parts(found)
@@ -137,12 +141,14 @@ def _complete_parts(data: Mapping[str, Any]) -> dict[str, Any]:
     given = [data[name] for name in ("fqn_to_config", "module_fqn_to_config") if data[name]]
     if not given or not all(isinstance(one, Mapping) for one in given) or any(one != given[0] for one in given):
         raise ConfigError(
-            "a FqnToConfig maps names to configs in fqn_to_config (module_fqn_to_config is its former name, and says "
-            f"the same where both are given), found {dict(data)!r}"
+            "quant_type of a torchao config: a FqnToConfig maps names to configs in fqn_to_config, of which "
+            f"module_fqn_to_config, its former name, says the same where it is given; found {dict(data)!r}"
         )
     parts = {str(name): None if one is None else complete(one) for name, one in given[0].items()}
     if any(one is not None and one["_type"] == "FqnToConfig" for one in parts.values()):
-        raise ConfigError("a FqnToConfig holds another one: list all names in the outer one")
+        raise ConfigError(
+            "quant_type of a torchao config: a FqnToConfig holds another one, list all names in the outer one"
+        )
     return {"fqn_to_config": parts, "module_fqn_to_config": parts}
 
 

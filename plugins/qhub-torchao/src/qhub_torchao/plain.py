@@ -46,7 +46,11 @@ def pack(layout: Layout, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if layout.zero == "constant":
         zero = torch.full(scales.shape, int(layout.zero_point) - shift, dtype=torch.int8, device=scales.device)
     else:
-        zero = (parts["zeros"].to(torch.int16) - shift).to(torch.int8)
+        wide = parts["zeros"].to(torch.int16) - shift
+        least, most = (int(one) for one in wide.aminmax())
+        if least < -128 or most > 127:
+            raise LayoutError(f"zeros from {least} to {most}, counted from -2**(bits-1), do not fit torchao's bytes")
+        zero = wide.to(torch.int8)
     return {QDATA: codes, SCALE: scales, ZERO: zero}
 
 

@@ -62,7 +62,7 @@ def _settings(value: Mapping[str, Any]) -> Settings:
     try:
         return _READERS[kind](data)
     except ConfigError as error:
-        raise ConfigError(f"{kind}: {error}") from error
+        raise ConfigError(f"quant_type of a torchao config, {kind}: {error}") from error
 
 
 def _int8(data: Mapping[str, Any]) -> Settings:

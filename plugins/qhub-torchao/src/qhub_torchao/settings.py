@@ -80,7 +80,7 @@ class Settings:
         rows, cols = self.grain.block(out_features, in_features)
         if out_features % rows or in_features % cols:
             return (
-                f"groups of {rows}x{cols} do not divide its {out_features}x{in_features} weights: choose a group size "
+                f"groups of {rows}x{cols} do not divide its {out_features}x{in_features} weights: choose a group_size "
                 "that does"
             )
         if self.storage in ("int4", "words") and in_features % (2 if self.storage == "int4" else 8):

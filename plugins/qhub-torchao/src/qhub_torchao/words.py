@@ -78,7 +78,7 @@ def word(value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("_data")
     if not isinstance(value, str):
-        raise ConfigError(f"{value!r} in a torchao config: expected a word")
+        raise ConfigError(f"{value!r} in quant_type of a torchao config: expected a word")
     return value.lower()
 
 
@@ -91,11 +91,13 @@ def fields_of(value: Any) -> tuple[str, dict[str, Any], int]:
     """Return type, fields and version of an object's JSON; raises :class:`ConfigError` for anything else."""
     if not isinstance(value, Mapping) or not isinstance(value.get("_type"), str):
         raise ConfigError(
-            f"{value!r} in a torchao config: expected what torchao writes for an object, "
+            f"{value!r} in quant_type of a torchao config: expected what torchao writes for an object, "
             '{"_type": name, "_version": number, "_data": fields}'
         )
     data, version = value.get("_data", {}), value.get("_version", 1)
     surplus = sorted(set(value) - {"_type", "_data", "_version"})
     if surplus or not isinstance(data, Mapping) or type(version) is not int:
-        raise ConfigError(f"{value!r} in a torchao config: expected _type, _version (a number) and _data (fields)")
+        raise ConfigError(
+            f"{value!r} in quant_type of a torchao config: expected _type, _version (a number) and _data (fields)"
+        )
     return value["_type"], dict(data), version

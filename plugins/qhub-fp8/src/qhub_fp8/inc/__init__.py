@@ -17,7 +17,7 @@ Files::
     plan.py      which layer is quantized, its layout and its numbers
     format.py    the checkpoint entries
     measuring.py observers, and measurements as JSON
-    workflow.py  prepare, finalize_calibration, convert
+    workflow.py  prepare, finalize_calibration, convert, save, load
     plugin.py    the qhub plugin of the method ``inc``
 """
 
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qhub_fp8.inc.config import FP8Config
-    from qhub_fp8.inc.workflow import convert, finalize_calibration, prepare
+    from qhub_fp8.inc.workflow import convert, finalize_calibration, load, prepare, save
 
-__all__ = ["FP8Config", "convert", "finalize_calibration", "prepare"]
+__all__ = ["FP8Config", "convert", "finalize_calibration", "load", "prepare", "save"]
 
-_HOMES = {"FP8Config": "config", "convert": "workflow", "finalize_calibration": "workflow", "prepare": "workflow"}
+_HOMES = {"FP8Config": "config", **dict.fromkeys(set(__all__) - {"FP8Config"}, "workflow")}
 
 
 def __getattr__(name: str) -> Any:

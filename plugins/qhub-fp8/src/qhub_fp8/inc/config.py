@@ -35,8 +35,8 @@ LINEAR_TYPES = frozenset(
 # Written into config.json by that library, about itself.
 _NOISE = frozenset(
     {
-        "_json_file", "json_file", "global_config", "local_config", "local_rank", "name", "params_list",
-        "quantize_weight", "world_size",
+        "_json_file", "json_file", "global_config", "local_config", "local_rank", "name", "non_tunable_params",
+        "params_list", "quantize_weight", "white_list", "world_size",
     }
 )  # fmt: skip
 _ALIASES = {"whitelist": "allowlist", "blacklist": "blocklist"}
@@ -59,8 +59,11 @@ class FP8Config(MethodConfig):
     instead of being an error. ``dataset``, ``tokenizer``: what ``from_pretrained`` calibrates with; None: text that
     the model writes.
 
-    Without effect here, and kept: ``scale_format``, ``measure_exclude``, ``measure_on_hpu``, ``fake_quant``,
-    ``use_qdq`` (the numbers are the same), ``recalc_scales``, ``row_parallel_linear_allreduce_quantization``,
+    ``use_qdq``: files have the names of that mode, the only one that the library itself has on a CPU; the numbers are
+    the same.
+
+    Without effect here, and kept: ``scale_format``, ``measure_exclude``, ``measure_on_hpu``, ``fake_quant`` (the
+    numbers are the same), ``recalc_scales``, ``row_parallel_linear_allreduce_quantization``,
     ``calibration_sample_interval``, ``seperate_measure_files``. ``scale_params`` and ``mod_dict`` must be empty.
 
     Raises :class:`ConfigError` on any other value.

@@ -7,8 +7,8 @@ Of a layer ``X`` (``PatchedLinearBase`` of _quant_common/helper_modules.py; scal
     scale_input           (): static scale of the inputs, multiplies
     quant_input.scale_inv its reciprocal
 
-Read besides: the names of its QDQ mode (``dequant_weights.scale``, ``quant_input.scale`` and their companions), the
-only one it has on a CPU.
+With ``use_qdq``, the only mode that the library has on a CPU, the scales are ``dequant_weights.scale`` and
+``quant_input.scale``. Either is read whatever the config says.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ _COMPANIONS = (*_RECIPROCALS, *_ZEROS)
 
 
 class IncFormat(Format):
-    """Translates between float8 layouts and the entries of a ``PatchedLinear``; ``dtype``: of its scales."""
+    """Translates between float8 layouts and the entries of a ``PatchedLinear``.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    ``dtype``: of its scales. ``qdq``: it is written with the names of the QDQ mode.
+    """
+
+    def __init__(self, dtype: torch.dtype, qdq: bool = False) -> None:
         self._dtype = dtype
+        self._names = (_SCALES[qdq], _INPUT_SCALES[qdq])
 
     @property
     def markers(self) -> frozenset[str]:
@@ -59,11 +63,11 @@ class IncFormat(Format):
         scales = parts["scales"].to(self._dtype)
         entries = {
             "weight": parts["qweight"].t().contiguous(),
-            "scale_weight": scales.reshape(()) if scales.numel() == 1 else scales.reshape(-1),
+            self._names[0]: scales.reshape(()) if scales.numel() == 1 else scales.reshape(-1),
         }
         if layout.activation.static:
             scale = parts["input_scale"].to(self._dtype)
-            entries |= {"scale_input": scale, "quant_input.scale_inv": scale.reciprocal()}
+            entries |= {self._names[1]: scale, "quant_input.scale_inv": scale.reciprocal()}
         return entries
 
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

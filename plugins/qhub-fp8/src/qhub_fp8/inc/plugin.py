@@ -68,7 +68,7 @@ def qhub_format(config: Any) -> Format:
     """Return the entries of that library's own files."""
     from qhub_fp8.inc.format import IncFormat
 
-    return IncFormat(config.dtype)
+    return IncFormat(config.dtype, config.use_qdq)
 
 
 @hookimpl

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from qhub_fp8.inc.config import FP8Config
 from qhub_fp8.inc.measuring import Observers, node_name, read_measurements, write_measurements
 from qhub_fp8.inc.plan import plain_name, quantize
 
-__all__ = ["convert", "finalize_calibration", "prepare"]
+__all__ = ["convert", "finalize_calibration", "load", "prepare", "save"]
 
 logger = logging.getLogger("qhub")
 
@@ -99,6 +100,28 @@ def convert(model: nn.Module, quant_config: FP8Config | None = None, inplace: bo
         raise ConfigError("mode='MEASURE' of an inc config only measures: convert with mode='QUANTIZE' or 'AUTO'")
     _quantize(base, config, statistics)
     return target
+
+
+def save(model: Any, checkpoint_dir: str | Path = "saved_results") -> None:
+    """Save a converted model into a folder: ``model.save_pretrained``, under that library's name for it."""
+    model.save_pretrained(checkpoint_dir)
+
+
+def load(model_name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Return a causal language model of a folder or repository that ``save`` wrote, here or in the library itself.
+
+    The library's own ``config.json`` does not say which method it is of, which transformers asks for; ``kwargs`` go to
+    ``from_pretrained``. Raises :class:`ConfigError` for a model that was not quantized with this method.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_name_or_path)
+    values = getattr(config, "quantization_config", None)
+    if isinstance(values, dict):
+        values.setdefault("quant_method", "inc")
+    if not isinstance(values, dict) or values["quant_method"] != "inc":
+        raise ConfigError(f"{model_name_or_path} is no model of Intel Neural Compressor: its config has {values!r}")
+    return AutoModelForCausalLM.from_pretrained(model_name_or_path, config=config, **kwargs)
 
 
 def _quantize(base: Any, config: FP8Config, statistics: dict[str, dict[str, Tensor]]) -> None:

@@ -219,8 +219,8 @@ def _located(
             raise CheckpointError(f"{where} begins at {offset}, which is no multiple of the alignment {alignment}")
         if start + offset + nbytes > size:
             raise CheckpointError(
-                f"{where} ({kind.name}, shape {shape}) needs the bytes up to {start + offset + nbytes}, and the file ends at "
-                f"{size}: it is truncated or damaged"
+                f"{where} ({kind.name}, shape {shape}) needs the bytes up to {start + offset + nbytes}, and the file "
+                f"ends at {size}: it is truncated or damaged"
             )
         tensors[name] = TensorInfo(name, kind, shape, start + offset, nbytes, part)
     previous: TensorInfo | None = None

@@ -24,9 +24,9 @@ class GgufFile:
     """Is an open GGUF model: one file, or all the files of a split one.
 
     ``metadata``: of the first file, in its order; ``tensors``: of all files, in their order; ``alignment``: of the
-    first file; ``paths`` and ``headers``: one per file. Tensors are views of a private, copy-on-write mapping: writing into
-    one changes memory, never the file. They keep the mapping alive; the object itself may go. A file that is replaced
-    meanwhile (renamed over, as writers do) stays readable as it was.
+    first file; ``paths`` and ``headers``: one per file. Tensors are views of a private, copy-on-write mapping: writing
+    into one changes memory, never the file. They keep the mapping alive; the object itself may go. A file that is
+    replaced meanwhile (renamed over, as writers do) stays readable as it was.
     """
 
     def __init__(self, paths: list[Path], headers: list[Header], maps: list[mmap.mmap | bytes]) -> None:

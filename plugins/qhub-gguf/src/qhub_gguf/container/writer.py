@@ -222,4 +222,4 @@ def _chunks(data: Tensor, source: TensorSource, nbytes: int, where: str) -> Iter
         )
     flat = data.detach().cpu().contiguous().view(-1).view(torch.uint8)
     for start in range(0, nbytes, _CHUNK):
-        yield memoryview(flat[start : start + _CHUNK].numpy())
+        yield flat[start : start + _CHUNK].numpy().data

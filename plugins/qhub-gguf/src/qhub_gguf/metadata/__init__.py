@@ -33,8 +33,8 @@ def metadata_of(
     """Return all metadata of a file, in the order in which convert_hf_to_gguf writes it.
 
     ``file_type``: the number of :data:`qhub_gguf.mixes.FILE_TYPES`. ``vocab_size``: rows of the embedding; None: the
-    config's. ``label``: see :func:`size_label`. ``pre``: see :func:`vocabulary`. ``more``: added at the end of the general
-    entries.
+    config's. ``label``: see :func:`size_label`. ``pre``: see :func:`vocabulary`. ``more``: added at the end of the
+    general entries.
     """
     architecture = architecture_of_config(config)
     metadata = {

@@ -186,7 +186,7 @@ def _phi3(entries: Entries, settings: Mapping[str, Any]) -> None:
 def longrope_attention(settings: Mapping[str, Any]) -> float:
     """Return what attention is scaled by with long rotary factors (``Phi3MiniModel.generate_extra_tensors``)."""
     rope = full_rope(settings)
-    original = rope.get("original_max_position_embeddings", settings.get("original_max_position_embeddings"))
+    original = rope.get("original_max_position_embeddings") or settings["original_max_position_embeddings"]
     scale = settings["max_position_embeddings"] / original
     if scale <= 1:
         return 1.0

@@ -1,9 +1,9 @@
 """How text is cut before byte-pair merges: llama.cpp's names for it, and the regular expressions of ``tokenizer.json``.
 
 A GGUF file has the name only (``tokenizer.ggml.pre``). convert_hf_to_gguf finds it by a hash of the tokens of a test
-text, so it knows the vocabularies that it has seen; here the expressions themselves are compared, so that any vocabulary
-is understood. Source of names and expressions: ``llm_tokenizer_bpe`` of llama-vocab.cpp, whose comments quote the
-original ones.
+text, so it knows the vocabularies that it has seen; here the expressions themselves are compared, so that any
+vocabulary is understood. Source of names and expressions: ``llm_tokenizer_bpe`` of llama-vocab.cpp, whose comments
+quote the original ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From the metadata of a GGUF file to a tokenizer of transformers, without gguf-py and the same in every version.
 
-Source: llama-vocab.cpp: what it does with ``tokenizer.ggml.model`` = gpt2 (BPE on bytes), llama (SentencePiece's BPE: the
-pair whose token has the highest score is joined), t5 (unigram), gemma4 (BPE on characters).
+Source: llama-vocab.cpp: what it does with ``tokenizer.ggml.model`` = gpt2 (BPE on bytes), llama (SentencePiece's BPE:
+the pair whose token has the highest score is joined), t5 (unigram), gemma4 (BPE on characters).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from qhub.errors import CheckpointError, UnsupportedError
 from qhub_gguf.container import GgufFile
 from qhub_gguf.metadata.splitting import IGNORE_MERGES, pre_tokenizer_of
-from qhub_gguf.metadata.vocabulary import CONTROL, UNKNOWN, USER_DEFINED
+from qhub_gguf.metadata.vocabulary import CONTROL, SPECIAL, UNKNOWN, USER_DEFINED
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["tokenizer_of"]
 
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}  # fmt: skip
 _SPACE = "\u2581"
 
 
@@ -75,7 +74,7 @@ class _Vocabulary:
     def special(self) -> dict[str, int]:
         """Return the ids of the special tokens that are named."""
         named = {}
-        for short, name in _SPECIAL.items():
+        for short, name in SPECIAL.items():
             number = self.get(f"{name}_token_id")
             if number is None:
                 continue

@@ -18,12 +18,12 @@ from qhub_gguf.container.values import Kind, Value
 from qhub_gguf.metadata.keys import Entries
 from qhub_gguf.metadata.splitting import name_of
 
-__all__ = ["vocabulary"]
+__all__ = ["BYTE", "CONTROL", "NORMAL", "SPECIAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp's spelling of separator is part of the format.
-_SPECIAL = {
+SPECIAL = {
     "bos": "bos",
     "eos": "eos",
     "unk": "unknown",
@@ -41,14 +41,16 @@ def vocabulary(
 ) -> dict[str, Value]:
     """Return the ``tokenizer.*`` entries.
 
-    ``tokenizer``: a fast tokenizer of transformers. ``vocab_size``: rows of the embedding; missing tokens are filled with
-    ``[PAD{i}]``. ``config``: of the model, for ids of special tokens that the tokenizer does not name. ``pre``: the name
-    of the pre-tokenizer, if it cannot be found out. Raises :class:`UnsupportedError` for what llama.cpp cannot do.
+    ``tokenizer``: a fast tokenizer of transformers. ``vocab_size``: rows of the embedding; missing tokens are filled
+    with ``[PAD{i}]``. ``config``: of the model, for ids of special tokens that the tokenizer does not name. ``pre``:
+    the name of the pre-tokenizer, if it cannot be found out. Raises :class:`UnsupportedError` for what llama.cpp cannot
+    do.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
-            f"{type(tokenizer).__name__} has no tokenizer.json form, which writing GGUF needs; load it as a fast tokenizer"
+            f"{type(tokenizer).__name__} has no tokenizer.json form, which writing GGUF needs; load it as a fast "
+            "tokenizer"
         )
     stated = json.loads(backend.to_str())
     entries = Entries("tokenizer.ggml")
@@ -74,7 +76,10 @@ class _Tokens:
 
     def __init__(self, stated: Mapping[str, Any], vocab_size: int) -> None:
         model = stated["model"]
-        vocab = {token: number for number, (token, _) in enumerate(model["vocab"])} if model["type"] == "Unigram" else model["vocab"]  # fmt: skip
+        if model["type"] == "Unigram":
+            vocab = {token: number for number, (token, _) in enumerate(model["vocab"])}
+        else:
+            vocab = model["vocab"]
         self.texts = [f"[PAD{number}]" for number in range(vocab_size)]
         self.types = [UNUSED] * vocab_size
         byte_fallback = bool(model.get("byte_fallback"))
@@ -184,7 +189,7 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]
 def _special(entries: Entries, tokenizer: Any, config: Any, vocab_size: int) -> None:
     """Add ids of special tokens, whether they are put around a text, and the chat template."""
     ids: dict[str, int] = {}
-    for short, name in _SPECIAL.items():
+    for short, name in SPECIAL.items():
         number = getattr(tokenizer, f"{short}_token_id", None)
         if number is None:
             number = getattr(config, f"{short}_token_id", None)

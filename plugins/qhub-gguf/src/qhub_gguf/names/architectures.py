@@ -56,7 +56,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for
 
 _BY_MODEL_TYPE = {name: architecture.name for architecture in _ALL for name in architecture.model_types}
 # Spellings that transformers accepts too.
-_ALIASES = {"gpt_oss": "gpt-oss", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "minimax_m2": "minimax-m2", "mistral": "llama", "umt5": "t5"}  # fmt: skip
+_ALIASES = {
+    "gpt_oss": "gpt-oss",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "minimax_m2": "minimax-m2",
+    "mistral": "llama",
+    "umt5": "t5",
+}
 
 
 def architecture_of(file: Any) -> str:

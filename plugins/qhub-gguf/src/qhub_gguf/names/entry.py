@@ -55,10 +55,10 @@ class Recipe:
 
     ``rows``: the parameter's row r is the file's row ``rows[r]``, int64 (N,); exact for packed rows too, and for the
     entries of a bias. ``columns``: the same for input features; a packed tensor keeps its columns and its *input* is
-    permuted instead: ``W_model @ x == W_file @ x[argsort(columns)]``. ``part``: the tensor is one part of the parameter.
-    ``change``: of values; such tensors are never blocks. ``axis``: the parameter has one more axis, of size 1, there.
-    ``transposed``: the parameter is held as (K, N) (GPT-2's ``Conv1D``, gpt-oss's experts); the file has (N, K), as qhub
-    packs it.
+    permuted instead: ``W_model @ x == W_file @ x[argsort(columns)]``. ``part``: the tensor is one part of the
+    parameter. ``change``: of values; such tensors are never blocks. ``axis``: the parameter has one more axis, of size
+    1, there. ``transposed``: the parameter is held as (K, N) (GPT-2's ``Conv1D``, gpt-oss's experts); the file has (N,
+    K), as qhub packs it.
     """
 
     rows: Tensor | None = None

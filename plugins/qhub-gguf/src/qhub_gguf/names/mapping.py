@@ -42,7 +42,8 @@ class Mapping:
 
         Raises :class:`UnsupportedError` for a model type that GGUF has no names for here.
         """
-        return cls(architecture if architecture in ARCHITECTURES else architecture_of_config(config), config)
+        known = architecture is not None and architecture in ARCHITECTURES
+        return cls(architecture if known and architecture else architecture_of_config(config), config)
 
     def entry(self, tensor: str, prefix: bool = True) -> Entry | None:
         """Return where the file's ``tensor`` goes; None: into no parameter (frequencies of rotary embeddings, blocks

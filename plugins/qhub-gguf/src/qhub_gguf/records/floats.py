@@ -1,6 +1,6 @@
 """MXFP4 and NVFP4: E2M1 numbers under a float of eight bits a run.
 
-Sources: OCP Microscaling Formats 1.0, section 5; ``dequantize_row_mxfp4`` and ``dequantize_row_nvfp4`` of ggml-quants.c.
+Sources: OCP Microscaling Formats 1.0, section 5; ``dequantize_row_mxfp4``, ``dequantize_row_nvfp4`` of ggml-quants.c.
 ggml counts E2M1 in halves, and halves the scale for it.
 """
 

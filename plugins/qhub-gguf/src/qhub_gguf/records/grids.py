@@ -1,7 +1,7 @@
 """The tables of vectors behind IQ1, IQ2 and IQ3.
 
-Source: ``iq1s_grid`` ... ``iq3s_grid`` and ``ksigns_iq2xs`` of ggml-common.h (llama.cpp); ``grids.bin`` holds them with 2
-or 4 bits a number, written by tests/records/make_grids.py.
+Source: ``iq1s_grid`` ... ``iq3s_grid`` and ``ksigns_iq2xs`` of ggml-common.h (llama.cpp); ``grids.bin`` holds them with
+2 or 4 bits a number, written by tests/records/make_grids.py.
 """
 
 from __future__ import annotations

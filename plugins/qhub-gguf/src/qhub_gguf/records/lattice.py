@@ -21,7 +21,7 @@ __all__ = ["LATTICES", "LatticeRecord"]
 
 
 class LatticeRecord(GgmlRecord):
-    """Stores entries of the table ``grid``, ``dim`` weights each, under steps of (2 level + 1) ``unit`` times a float16.
+    """Stores entries of the table ``grid``, ``dim`` weights each; steps are a float16 times (2 level + 1) ``unit``.
 
     ``signs``: ``"free"``: a bit a weight; ``"even"``: an even number of each eight is negative; None: the table has
     both signs. ``top``: the largest level. ``bits``: of an entry's number.
@@ -224,7 +224,7 @@ class IQ3S(LatticeRecord):
 
 
 class IQ1S(LatticeRecord):
-    """All vectors of 32 weights are moved the same way: bit 15 of the word that has their upper bits and their level."""
+    """All vectors of 32 weights are moved the same way: bit 15 of the word with their upper bits and their level."""
 
     name, size, grid, bits = "IQ1_S", 50, "iq1", 12
     halves, unit, signs, group, top, width = (0,), 1 / 8, None, 32, 7, 32

@@ -25,7 +25,7 @@ _TINY = 1e-30
 
 
 class Vectors(NamedTuple):
-    """Holds entry numbers (..., vectors) int32, and a byte of signs for each eight weights, None where there are none."""
+    """Holds entry numbers (..., vectors) int32, and a byte of signs for each eight weights; None: no signs."""
 
     entries: Tensor
     signs: Tensor | None

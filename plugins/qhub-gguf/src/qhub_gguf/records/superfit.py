@@ -70,7 +70,7 @@ class _Steps:
         """Return factors (records) and levels (runs, records) near to the ``free`` steps."""
         low, high = self.record.levels_low, self.record.levels_high
         extreme = free.gather(0, free.abs().argmax(0, keepdim=True)).squeeze(0)
-        found: tuple[Tensor, Tensor] | None = None
+        found: tuple[Tensor, ...] | None = None
         least = torch.zeros(())
         # The lower end reaches further by one; its sign may be the better one all the same.
         for end in (low, high):
@@ -83,7 +83,7 @@ class _Steps:
             levels, error, *_ = self._levels(factor, levels)
             found, least = _kept(found, least, (factor, levels), error)
         assert found is not None
-        return found
+        return found[0], found[1]
 
     def _levels(self, factor: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return better levels, the records' errors, and what least squares for the factor needs."""
