@@ -11,7 +11,10 @@ _INT = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 
 
 def _groups(weights: dict, inputs: dict | None = None, **others: object) -> dict:
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}, **others}
+    return {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        **others,
+    }
 
 
 class TestCompressedTensors(MethodConformance):

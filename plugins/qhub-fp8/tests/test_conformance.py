@@ -51,6 +51,7 @@ class TestInc(MethodConformance):
         {"scale_method": "maxabs_pcs_pow2"},
         {"allowlist": {"names": ["("]}},
     ]
+    checkpoint = _DATA / "inc-channels"
     native_packages = ("neural_compressor", "habana_frameworks")
 
 

@@ -85,9 +85,28 @@ def wrap_readers() -> None:
 
 
 class _Ready(dict[str, Any]):
-    """Stands for the tokens and merges that transformers would make a tokenizer from: here it is made already."""
+    """Stands for the tokens and merges that transformers would make a tokenizer from: here it is made when asked for."""
 
-    backend: Any
+    def __init__(self, container: Container) -> None:
+        super().__init__(tokenizer_type="ready")
+        self._container = container
+
+    @functools.cached_property
+    def made(self) -> tuple[Any, dict[str, Any]]:
+        """Return the tokenizer and the settings beside it."""
+        return self._container.tokenizer()
+
+
+class _Description(dict[str, Any]):
+    """Is what transformers' loader returns: the config, and a tokenizer that most callers do not look at."""
+
+    def __init__(self, container: Container) -> None:
+        super().__init__(config=container.config(), tokenizer=_Ready(container))
+
+    def __missing__(self, key: str) -> Any:
+        if key != "tokenizer_config":
+            raise KeyError(key)
+        return self["tokenizer"].made[1]
 
 
 def _open(path: Any) -> Container | None:
@@ -101,17 +120,7 @@ def _described(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict
     call = inspect.signature(original).bind(*args, **kwargs)
     path, wants_tensors = call.args[0], call.arguments.get("return_tensors", False)
     container = None if wants_tensors else _open(path)
-    if container is None:
-        return original(*args, **kwargs)
-    tokenizer, tokenizer_config = _ready(container)
-    return {"config": container.config(), "tokenizer": tokenizer, "tokenizer_config": tokenizer_config}
-
-
-def _ready(container: Container) -> tuple[_Ready, dict[str, Any]]:
-    backend, settings = container.tokenizer()
-    tokenizer = _Ready(tokenizer_type="ready")
-    tokenizer.backend = backend
-    return tokenizer, settings
+    return original(*args, **kwargs) if container is None else _Description(container)
 
 
 def _checked(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,10 +134,10 @@ def _tokenizer(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict
     container = _open(path)
     if container is None:
         return original(*args, **kwargs)
-    tokenizer, settings = _ready(container)
-    return container.config().get("model_type"), tokenizer, settings
+    tokenizer = _Ready(container)
+    return container.config().get("model_type"), tokenizer, tokenizer.made[1]
 
 
 def _converted(original: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = inspect.signature(original).bind(*args, **kwargs).args[1]
-    return (found.backend, {}) if isinstance(found, _Ready) else original(*args, **kwargs)
+    return (found.made[0], {}) if isinstance(found, _Ready) else original(*args, **kwargs)

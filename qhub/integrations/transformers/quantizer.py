@@ -22,7 +22,7 @@ from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.container_loading import ReadsContainers
 from qhub.integrations.transformers.conversions import Ready
 from qhub.integrations.transformers.memory import Releaser
-from qhub.integrations.transformers.recording import take_passengers
+from qhub.integrations.transformers.recording import record_config, take_passengers
 from qhub.integrations.transformers.saving import entries_of_model
 from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
 from qhub.plan import LayerPlan, Skip, WeightInfo, matches
@@ -337,7 +337,9 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             self.calibrate(model)
         self._headers, self._state, self._loaded = {}, {}, True
         self._mark(model)
-        if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
+        if not self.pre_quantized:
+            record_config(model, self)
+        elif getattr(self.quantization_config, "dequantize", False):
             self.dequantize(model)
         return result
 
@@ -348,6 +350,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         model.config.quantization_config = self.quantization_config
         model.is_quantized = True
         model.quantization_method = f"qhub/{self.method}"
+        record_config(model, self)
         self._mark(model)
 
     def _mark(self, model: Any) -> None:

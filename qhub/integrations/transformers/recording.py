@@ -51,9 +51,8 @@ def take_passengers(model: Any, headers: Mapping[str, FileTensor], fmt: Format) 
     return found
 
 
-def record_config(model: Any) -> None:
-    """Let the method of a quantized ``model`` write into its config what the files that are to be written hold."""
-    quantizer = model.hf_quantizer
+def record_config(model: Any, quantizer: Any) -> None:
+    """Let the method of a ``model`` that ``quantizer`` quantized write into its config what files of it will hold."""
     if quantizer.spec.record is None:
         return
     stored: dict[str, Layout] = {}

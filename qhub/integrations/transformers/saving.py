@@ -129,7 +129,7 @@ def save_quantized(model: Any, original: Any, save_directory: Any, *args: Any, *
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
     try:
-        record_config(model)
+        record_config(model, model.hf_quantizer)
         write_card(model, staging, previous=target / "README.md")
         if registry.has(model.hf_quantizer.method, "qhub_save"):
             save_container(model, staging, given["max_shard_size"])

@@ -252,7 +252,7 @@ class FolderWorkshop:
         # The class that save_pretrained would name.
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
-        record_config(model)
+        record_config(model, self._quantizer)
         model.config.save_pretrained(staging)
         if model.can_generate():
             model.generation_config.save_pretrained(staging)

@@ -35,8 +35,8 @@ def adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping
     unknown = sorted(set(options) - {"ignore"})
     if unknown:
         raise ConfigError(
-            f"the options {unknown} cannot be asked of compressed-tensors here: its config follows from the numbers that "
-            "are taken over"
+            f"the options {unknown} cannot be asked of compressed-tensors here: its config follows from the numbers "
+            "that are taken over"
         )
     values: dict[str, dict[str, Any]] = {}
     members: dict[str, list[str]] = {}
@@ -110,9 +110,7 @@ def _run(grid: Grid, in_features: int) -> int | Skip:
         return Skip("the members of a group lie in all rows (axis 0), and compressed-tensors has groups along a row")
     run = in_features if grid.cols >= in_features and grid.kind == "block" else math.gcd(grid.cols, in_features)
     if run < min(_SMALLEST_GROUP, in_features):
-        return Skip(
-            f"groups of {grid.cols} do not divide rows of {in_features}, as those of compressed-tensors have to"
-        )
+        return Skip(f"groups of {grid.cols} do not divide rows of {in_features}; those of compressed-tensors have to")
     return run
 
 
@@ -159,8 +157,8 @@ def _float4(layout: Lookup) -> dict[str, Any] | Skip:
         if nested is not None and (nested.dtype, nested.group, grid.cols) == ("float8_e4m3fn", 0, 16):
             return numbers(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
     return Skip(
-        f"compressed-tensors has 4-bit floats in groups of 16 (NVFP4) and 32 (MXFP4), no table of {2**layout.bits} values "
-        f"in groups of {grid.cols}"
+        f"compressed-tensors has 4-bit floats in groups of 16 (NVFP4) and 32 (MXFP4), no table of {2**layout.bits} "
+        f"values in groups of {grid.cols}"
     )
 
 

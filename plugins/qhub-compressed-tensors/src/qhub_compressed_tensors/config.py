@@ -96,7 +96,7 @@ def check(config: Any) -> None:
                           "applied here, and without them the weights mean something else")  # fmt: skip
     if config.moe_sparsity_config:
         raise ConfigError(
-            f"moe_sparsity_config={config.moe_sparsity_config!r} {where}: pruned experts are not known here"
+            f"moe_sparsity_config={config.moe_sparsity_config!r} {where}: pruned experts are unknown here"
         )
     if config.kv_cache_scheme is not None:
         numbers_of({k: v for k, v in config.kv_cache_scheme.items() if k != "strategy"}

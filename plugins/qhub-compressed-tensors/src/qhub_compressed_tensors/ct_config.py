@@ -1,4 +1,4 @@
-"""The config class of the plugin: transformers' CompressedTensorsConfig, made without the compressed-tensors library."""
+"""The config class of the plugin: transformers' CompressedTensorsConfig, made without the library of that name."""
 
 from __future__ import annotations
 

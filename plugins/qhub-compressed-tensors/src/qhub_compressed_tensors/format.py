@@ -1,15 +1,16 @@
 """The checkpoint entries of every format: packed integers, integers and floats of a byte, 4- and 6-bit floats.
 
 Sources, all compressed-tensors 0.20: ``pack_quantized/base.py``, ``naive_quantized/base.py`` (which int-quantized and
-float-quantized share), ``nvfp4/base.py``, ``mxfp4/base.py``, ``mxfp6/base.py``, ``mxfp8/base.py``, ``dense/base.py`` under
-compressed_tensors/compressors. With G groups in a row of K::
+float-quantized share), ``nvfp4/base.py``, ``mxfp4/base.py``, ``mxfp6/base.py``, ``mxfp8/base.py``, ``dense/base.py``
+under compressed_tensors/compressors. With G groups in a row of K::
 
     pack-quantized   weight_packed (N, ceil(K*b/32)) int32: strings of bits along K, code + 2^(b-1); weight_shape (2,);
                      weight_zero_point (ceil(N*b/32), G) int32: the same along N; weight_g_idx (K,) int32
     int-quantized    weight (N, K) int8; weight_zero_point like the scales, int8
     float-quantized  weight (N, K) E4M3
     mxfp8-quantized  the same, weight_scale uint8: exponents + 127
-    nvfp4            weight_packed (N, K/2) uint8, low nibble first; weight_scale (N, K/16) E4M3, weight_global_scale (1,)
+    nvfp4            weight_packed (N, K/2) uint8, low nibble first; weight_scale (N, K/16) E4M3; weight_global_scale
+                     (1,), which divides
     mxfp4, mxfp6     weight_packed (N, K/2) or (N, 3K/4) uint8: strings of bits; weight_scale (N, K/32) uint8: exponents
     dense            weight (N, K) of a float dtype, rounded when it is read; entries of scales and zeros like int8's
     all              weight_scale: (1,) for one of all, (N, 1) for rows, (N, G), or of blocks; see also inputs.py
@@ -267,7 +268,7 @@ def _check_codes(layout: Affine, codes: Tensor) -> None:
     low, high = -_offset(layout), _offset(layout) - 1
     if codes.device.type != "meta" and bool(((codes < low) | (codes > high)).any()):
         raise LayoutError(
-            f"entry 'weight' holds {int(codes.min())} to {int(codes.max())}, codes of {layout.bits} bits are {low} to {high}"
+            f"entry 'weight' holds {int(codes.min())} to {int(codes.max())}, codes of {layout.bits} bits {low} to {high}"
         )
 
 

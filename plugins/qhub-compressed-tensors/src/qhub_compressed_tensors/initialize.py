@@ -98,8 +98,8 @@ def _expanded(name: str, group: Any) -> Any:
     found = preset(name, group)
     if found is None:
         raise ConfigError(
-            f"config_groups[{name!r}] of a compressed-tensors config is a list of targets, so its name is a preset's: one "
-            f"of {sorted(PRESETS)}"
+            f"config_groups[{name!r}] of a compressed-tensors config is a list of targets, so its name is a preset's: "
+            f"one of {sorted(PRESETS)}"
         )
     return found
 

@@ -94,7 +94,16 @@ def _with_codes(layout: Layout, w: Tensor, parts: dict[str, Tensor]) -> dict[str
     if layout.transforms:
         # Nothing says in which order: features stay where they are.
         parts["in_perm"] = torch.arange(layout.in_features, dtype=torch.int32, device=w.device)
-    return {**parts, **layout.nearest(w, parts)}
+    if not isinstance(layout, Affine):
+        return {**parts, **layout.nearest(w, parts)}
+    # Rounded about zero, as files hold them: beside 128 a float32 has fewer places left.
+    middle = 0 if layout.signed else 2 ** (layout.bits - 1)
+    codes = layout.grid.split(w) / layout.grid.spread(parts["scales"].float())
+    if "zeros" in parts:
+        codes = codes + layout.grid.spread(parts["zeros"].float() - middle)
+    low, high = layout.code_range
+    codes = codes.round().clamp(low - middle, high - middle) + middle
+    return {**parts, "qweight": layout.pack_codes(layout.grid.join(codes, layout.out_features, layout.in_features))}
 
 
 def _powers(w: Tensor, layout: Lookup) -> dict[str, Tensor]:

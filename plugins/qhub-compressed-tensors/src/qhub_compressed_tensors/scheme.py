@@ -1,4 +1,4 @@
-"""What a config says of numbers: how wide they are, what shares a scale, which modules are meant, which format holds them.
+"""What a config says of numbers: how wide they are, what shares a scale, which modules are meant, which format it is.
 
 Source: compressed-tensors 0.20, ``QuantizationArgs`` and ``QuantizationScheme`` (compressed_tensors/quantization/
 quant_args.py, quant_scheme.py): keys, allowed values, and what an absent key stands for.
@@ -76,9 +76,7 @@ def scheme_of(name: str, values: Mapping[str, Any], outer: str) -> Scheme | None
         raise ConfigError(f"{where}: unknown keys {unknown}; correct the spelling, or update the plugin")
     targets = _targets(values.get("targets"), where)
     if values.get("output_activations") is not None:
-        raise ConfigError(
-            f"{where}: output_activations={values['output_activations']!r}: outputs are not quantized here"
-        )
+        raise ConfigError(f"{where}: output_activations={values['output_activations']!r}: outputs are left alone here")
     given, inputs = values.get("weights"), values.get("input_activations")
     if given is None and inputs is None:
         return None
@@ -205,8 +203,8 @@ def _powers(dtype: Any, kind: str, bits: int, strategy: str, group: int | None, 
 
 def _check_weights(weights: Numbers, where: str) -> None:
     if weights.strategy == "token" or weights.dynamic:
-        raise ConfigError(f"{where}: strategy={weights.strategy!r}, dynamic={weights.dynamic!r}: weights are static, and "
-                          "have no tokens")  # fmt: skip
+        raise ConfigError(f"{where}: strategy={weights.strategy!r}, dynamic={weights.dynamic!r}: weights are static, "
+                          "and have no tokens")  # fmt: skip
     if weights.type == "float" and weights.bits < 8:
         wanted = ("tensor_group", 16) if weights.bits == 4 and weights.strategy == "tensor_group" else ("group", 32)
         if (weights.strategy, weights.group) != wanted:
@@ -227,8 +225,8 @@ def _check_inputs(inputs: Numbers, where: str) -> None:
     if inputs.ordered:
         raise ConfigError(f"{where}: actorder is for weights")
     if inputs.bits == 6 or (inputs.type == "int" and inputs.bits < 2):
-        raise ConfigError(f"{where}: num_bits={inputs.bits}: inputs are rounded to integers of 2 to 8 bits, or to 8- or "
-                          "4-bit floats")  # fmt: skip
+        raise ConfigError(f"{where}: num_bits={inputs.bits}: inputs are rounded to integers of 2 to 8 bits, or to "
+                          "floats of 8 or 4")  # fmt: skip
     four = inputs.type == "float" and inputs.bits == 4
     local = (inputs.strategy, inputs.group, inputs.dynamic) == ("tensor_group", 16, "local")
     if inputs.strategy == "tensor_group" and not (four and local):

@@ -1,4 +1,4 @@
-"""Few regular expressions that mean exactly the given names: what ``targets`` holds where a class would mean too much."""
+"""Few regular expressions that mean exactly the given names: ``targets`` where a class would mean too much."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 def expressions(names: Iterable[str]) -> list[str]:
     """Return ``re:`` expressions that match the ``names`` and nothing else.
 
-    ``model.layers.0.q_proj`` and ``model.layers.1.q_proj`` become ``re:model\\.layers\\.(?:0|1)\\.q_proj$``; leaves of one
-    parent with the same numbers are put together.
+    ``layers.0.q_proj`` and ``layers.1.q_proj`` become ``re:layers\\.(?:0|1)\\.q_proj$``; leaves of one parent with the
+    same numbers are put together.
     """
     numbers: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for name in names:

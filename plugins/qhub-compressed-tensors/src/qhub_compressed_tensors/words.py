@@ -2,7 +2,7 @@
 
 A row of codes is one little-endian string of bits: code i is bits ``[b*i, b*i + b)``, cut into 32-bit words, the last
 one filled up with zeros; codes may straddle words. Source: compressed-tensors 0.20, ``pack_to_int32``
-(compressed_tensors/compressors/pack_quantized/helpers.py). Its versions before 0.14 put ``32 // b`` codes into each
+(compressed_tensors/compressors/pack_quantized/helpers.py). Older versions (0.11 is one) put ``32 // b`` codes into each
 word and left the rest of it empty, which is the same for 1, 2, 4 and 8 bits.
 :mod:`qhub.layouts.packing` keeps the same string in bytes.
 """
@@ -23,7 +23,7 @@ def word_count(count: int, bits: int) -> int:
 
 
 def old_word_count(count: int, bits: int) -> int:
-    """Return how many words held them before version 0.14."""
+    """Return how many words held them in older versions."""
     return -(-count // (32 // bits))
 
 

@@ -23,7 +23,9 @@ def main(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     g_idx = torch.empty(weight.shape[1], dtype=torch.int32)
     g_idx[order] = torch.arange(weight.shape[1], dtype=torch.int32) // 32
     for name, bits, index in (("3 bits", 3, None), ("act-order", 4, g_idx)):
-        args = QuantizationArgs(num_bits=bits, group_size=32, symmetric=True, actorder=None if index is None else "group")
+        args = QuantizationArgs(
+            num_bits=bits, group_size=32, symmetric=True, actorder=None if index is None else "group"
+        )
         columns = torch.arange(weight.shape[1]) if index is None else torch.argsort(index, stable=True)
         groups = weight[:, columns].reshape(weight.shape[0], -1, 32)
         scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)

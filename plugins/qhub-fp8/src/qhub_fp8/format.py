@@ -24,13 +24,13 @@ from qhub.formats import Entry, Format
 from qhub.layouts import Activation, Float8, Grid, Layout, Lookup
 from qhub.layouts.float4 import float4_table
 from qhub_fp8.entries import FLOATS, one_of, positive_scale, scalar
-from qhub_fp8.settings import Settings
+from qhub_fp8.settings import Codes, Settings
 
 __all__ = ["CODES", "Fp8Format"]
 
 _SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
 _INPUT_SCALES = ("activation_scale", "input_scale", "qscale_act")
-CODES: Mapping[torch.dtype, str] = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
+CODES: Mapping[torch.dtype, Codes] = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2"}
 
 
 class Fp8Format(Format):
@@ -61,6 +61,9 @@ class Fp8Format(Format):
 
     def pack(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         scales = parts["scales"]
+        if scales.dtype in (torch.float16, torch.bfloat16):
+            # transformers has float32 for them, which holds what 16 bits do.
+            scales = scales.float()
         if isinstance(layout, Lookup):
             weight = parts["qweight"].view(torch.int8)
         else:

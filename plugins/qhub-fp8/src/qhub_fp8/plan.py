@@ -63,24 +63,26 @@ def adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption
         values["weight_block_size"] = _common_block(grids)
     config = FineGrainedFP8Config(**values)
     settings = settings_of(config)
-    found: dict[str, Layout | Skip] = {}
+    adopted: dict[str, Layout | Skip] = {}
     for name, layout in layouts.items():
         if name not in grids or not isinstance(layout, Float8):
-            found[name] = Skip(
+            adopted[name] = Skip(
                 f"fp8 holds 8-bit floats with scales per tensor, row or block, not a {layout.kind} layout"
             )
             continue
         activation = settings.activation(layout.in_features)
         if layout.format not in ("e4m3fn", "e5m2"):
-            found[name] = Skip(f"fp8 files hold E4M3 and E5M2, not {layout.format}")
+            adopted[name] = Skip(f"fp8 files hold E4M3 and E5M2, not {layout.format}")
         elif settings.block is None and grids[name] == (1, 0):
             # A file without blocks may have a scale a row.
-            found[name] = dataclasses.replace(layout, activation=activation, grid=Grid("block", 1, layout.in_features))
+            adopted[name] = dataclasses.replace(
+                layout, activation=activation, grid=Grid("block", 1, layout.in_features)
+            )
         else:
-            found[name] = float8_layout(
+            adopted[name] = float8_layout(
                 layout.out_features, layout.in_features, settings.block, layout.format, activation
             )
-    return Adoption(config, found)
+    return Adoption(config, adopted)
 
 
 def _common_block(grids: Mapping[str, tuple[int, int]]) -> list[int] | None:

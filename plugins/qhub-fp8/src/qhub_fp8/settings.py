@@ -11,7 +11,7 @@ from qhub.errors import ConfigError
 from qhub.layouts import Activation, Float8, Grid, Layout, Stacked
 from qhub.layouts.float4 import MXFP4_GROUP, mxfp4
 
-__all__ = ["FORMATS", "SCHEMES", "Settings", "float8_layout", "halves", "per_tensor", "settings_of"]
+__all__ = ["FORMATS", "SCHEMES", "Codes", "Settings", "float8_layout", "halves", "per_tensor", "settings_of"]
 
 Codes = Literal["e4m3fn", "e5m2"]
 Scheme = Literal["dynamic", "static", "none"]

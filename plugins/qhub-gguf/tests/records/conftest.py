@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from qhub_gguf.records import RECORDS
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qhub.layouts import Blocks
-from qhub_gguf.records import RECORDS
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qhub_gguf.records import RECORDS
 from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts import Blocks
 from qhub.layouts.keys import layout_key
 from qhub.merging.feedback import spread_errors
-from qhub_gguf.records import RECORDS
 
 Matrix = tuple[Blocks, dict[str, Tensor]]
 
@@ -73,7 +73,12 @@ def test_batch_is_decoded_and_written_matrix_by_matrix(written: Matrix, referenc
     weights = references["weights"].float()
     both = layout.encode(torch.stack([weights, 2 * weights]), batch, "refit")
     for index, factor in enumerate((1, 2)):
-        assert torch.equal(both["blocks"][index], layout.encode(factor * weights, parts, "refit")["blocks"])
+        alone = layout.encode(factor * weights, parts, "refit")
+        errors = [
+            float((layout.decode(p) - factor * weights).norm()) for p in (alone, {"blocks": both["blocks"][index]})
+        ]
+        # Sums of other lengths are rounded otherwise, which may turn a scale by its last bit.
+        assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 def test_columns_are_rounded_under_the_scales_there(written: Matrix, references: dict[str, Tensor]) -> None:
@@ -110,10 +115,8 @@ def test_errors_are_spread_over_columns(written: Matrix, references: dict[str, T
 def test_scales_that_are_no_numbers_are_refused(written: Matrix) -> None:
     layout, parts = written
     name, blocks = layout.record.name, parts["blocks"].clone()
-    if name == "NVFP4":
-        pytest.skip("every byte is a finite scale")
     last = blocks[-1].unflatten(0, (-1, layout.record.size))[-1]
-    if name == "MXFP4":
+    if name in ("MXFP4", "NVFP4"):
         last[0] = 255
     elif name == "IQ1_M":
         last[49:56:2] = torch.tensor([0x00, 0xE0, 0xC0, 0x7F], dtype=torch.uint8) | last[49:56:2] & 15
@@ -156,5 +159,6 @@ def test_large_matrix_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("qhub.layouts.chunks._CPU", 3 * 512)
     monkeypatch.setattr("qhub.layouts.chunks._PER_THREAD", 1)
     assert torch.equal(layout.decode(parts), whole)
-    assert torch.equal(layout.fitted(weights)["blocks"], parts["blocks"])
+    errors = [float((layout.decode(p) - weights).norm()) for p in (parts, layout.fitted(weights))]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
     assert torch.equal(layout.nearest(weights, parts)["blocks"], parts["blocks"])

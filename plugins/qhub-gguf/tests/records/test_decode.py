@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qhub_gguf.records import RECORDS, record_of
+from qhub_gguf.records.fields import join, spread
+from qhub_gguf.types import TYPES
 from torch import Tensor
 
 from qhub.errors import UnsupportedError
 from qhub.layouts import Blocks
-from qhub_gguf.records import RECORDS, record_of
-from qhub_gguf.records.fields import join, spread
-from qhub_gguf.types import TYPES
 
 
 def _records(name: str, data: Tensor) -> Tensor:
@@ -52,6 +52,8 @@ def test_decode_agrees_with_gguf_py(name: str, seed: int) -> None:
     gguf = pytest.importorskip("gguf")
     kind = getattr(gguf.GGMLQuantizationType, name, None)
     data = np.random.default_rng(seed).integers(0, 256, (64, RECORDS[name].size), np.uint8)
+    if kind is None:
+        pytest.skip(f"this gguf-py does not know {name}")
     try:
         with np.errstate(all="ignore"):
             wanted = gguf.dequantize(data, kind)
@@ -77,9 +79,7 @@ def test_other_names_are_refused(name: str) -> None:
         record_of(name)
 
 
-@given(
-    bits=st.sampled_from([1, 2, 4, 8]), run=st.sampled_from([1, 2, 8, 16, 32]), seed=st.integers(0, 2**32 - 1)
-)
+@given(bits=st.sampled_from([1, 2, 4, 8]), run=st.sampled_from([1, 2, 8, 16, 32]), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_join_undoes_spread(bits: int, run: int, seed: int) -> None:
     field = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, 2 * run), np.uint8))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qhub_gguf.records import RECORDS, record_of
+from qhub_gguf.records.kquants import K_QUANTS
 from torch import Tensor
 
 from qhub.layouts import Blocks
-from qhub_gguf.records import RECORDS, record_of
-from qhub_gguf.records.kquants import K_QUANTS
 
-# Squared error of what is fitted over that of what llama.cpp writes for the same weights: measured, plus some 2 %.
+# Squared error of what is fitted over that of what llama.cpp writes for the same weights: measured, plus 0.015. In most
+# types llama.cpp weighs errors by the weights themselves.
 RATIOS = {
-    "Q4_0": 0.92, "Q4_1": 0.83, "Q5_0": 0.92, "Q5_1": 0.81, "Q8_0": 0.84, "Q1_0": 1.01, "Q2_0": 0.26, "TQ1_0": 0.31,
-    "TQ2_0": 0.24, "IQ4_NL": 0.98, "Q2_K": 0.80, "Q3_K": 0.93, "Q4_K": 0.98, "Q5_K": 0.91, "Q6_K": 0.91,
-    "IQ4_XS": 0.97, "MXFP4": 0.93, "NVFP4": 0.86, "IQ2_XXS": 0.96, "IQ2_XS": 0.97, "IQ2_S": 0.97, "IQ3_XXS": 0.97,
-    "IQ3_S": 0.96, "IQ1_S": 0.91, "IQ1_M": 0.91,
+    "Q4_0": 0.90, "Q4_1": 0.80, "Q5_0": 0.89, "Q5_1": 0.79, "Q8_0": 0.83, "Q1_0": 1.00, "Q2_0": 0.27, "TQ1_0": 0.30,
+    "TQ2_0": 0.23, "IQ4_NL": 0.97, "Q2_K": 0.80, "Q3_K": 0.92, "Q4_K": 0.98, "Q5_K": 0.91, "Q6_K": 0.93,
+    "IQ4_XS": 0.95, "MXFP4": 0.92, "NVFP4": 0.83, "IQ2_XXS": 0.92, "IQ2_XS": 0.91, "IQ2_S": 0.84, "IQ3_XXS": 0.72,
+    "IQ3_S": 0.64, "IQ1_S": 0.85, "IQ1_M": 0.52,
 }  # fmt: skip
 
 
@@ -102,18 +103,25 @@ def test_fit_of_equal_weights(name: str) -> None:
     weights[1] = -0.5
     decoded = record.decode(record.fit(weights))
     # What comes nearest: grids without a sign of their own, and shifted ones, have no vector of equal weights.
-    limit = 0.2 if name.startswith(("IQ1", "IQ2", "IQ3")) else 0.02 if name != "MXFP4" else 1e-6
+    limit = 0.3 if name.startswith(("IQ1", "IQ2", "IQ3")) else 0.04 if name == "NVFP4" else 0.02
     assert float((decoded - weights).abs().mean()) <= limit * 0.5
 
 
 def test_matrix_is_fitted_as_its_rows_are(name: str, references: dict[str, Tensor]) -> None:
     weights = references["weights"].float()[:2]
-    layout = Blocks(out_features=2, in_features=512, record=RECORDS[name])
+    layout = Blocks(out_features=1, in_features=512, record=RECORDS[name])
     importance = torch.linspace(0.1, 2, 512)
-    whole = layout.fitted(weights, importance)
+    whole = Blocks(out_features=2, in_features=512, record=RECORDS[name]).fitted(weights, importance)
     for row in range(2):
-        one = layout.with_rows(1).fitted(weights[row : row + 1], importance)  # type: ignore[attr-defined]
-        assert torch.equal(one["blocks"], whole["blocks"][row : row + 1])
+        one = layout.fitted(weights[row : row + 1], importance)
+        errors = [
+            float(
+                ((layout.decode({"blocks": b.reshape(-1, layout.row_bytes)}) - weights[row]) * importance.sqrt()).norm()
+            )
+            for b in (one["blocks"], whole["blocks"][row])
+        ]
+        # Sums of other lengths are rounded otherwise, which may turn a scale by its last bit.
+        assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("record", K_QUANTS, ids=lambda record: record.name)

@@ -8,6 +8,7 @@ Files::
     packing.py   the order of bits in ``Qidxs``
     plan.py      the layout of each layer
     format.py    QuIP#'s checkpoint entries
+    kernel.py    a product that rotates inputs instead of the weight
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qhub import hookimpl
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec
     from qhub.formats import Format
+    from qhub.kernels import KernelSpec
     from qhub.merging import AdapterPolicy
     from qhub.plan import LayerPlan, Skip, WeightInfo
     from qhub.reports import Finding
@@ -55,6 +57,22 @@ def qhub_adapter() -> AdapterPolicy:
     from qhub_quip.plan import merge_policy
 
     return merge_policy()
+
+
+@hookimpl
+def qhub_kernels() -> Iterable[KernelSpec]:
+    """Offer the product that rotates inputs instead of the weight, on any device."""
+    from qhub.kernels import KernelSpec
+
+    return [
+        KernelSpec(
+            name="codebook-rotated",
+            impl="qhub_quip.kernel:linear",
+            layout="codebook",
+            transforms=True,
+            accepts="qhub_quip.kernel:accepts",
+        )
+    ]
 
 
 @hookimpl

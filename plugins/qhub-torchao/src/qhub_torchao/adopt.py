@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -106,10 +106,10 @@ def _float8(layout: Float8) -> dict[str, Any] | Skip:
         return Skip(f"its scales are those of {grid.kind} groups that do not divide {n}x{k} weights")
     whole, row = (rows, cols) == (n, k), rows == 1 and cols == k
     rounds = layout.activation
-    usual = Activation(kind="float8", granularity=rounds.granularity, format=rounds.format)
-    if rounds.kind == "float8" and rounds == usual and (whole or row) and rounds.format in ("e4m3fn", "e5m2"):
-        wanted = "tensor" if whole else "row"
-        if rounds.granularity == wanted and n % 16 == 0 and k % 16 == 0:
+    if rounds.kind == "float8" and (whole or row) and rounds.format in ("e4m3fn", "e5m2"):
+        wanted: Literal["tensor", "row"] = "tensor" if whole else "row"
+        usual = Activation(kind="float8", granularity=wanted, format=rounds.format)
+        if rounds == usual and n % 16 == 0 and k % 16 == 0:
             grain = per_tensor() if whole else per_row()
             data = {
                 "weight_dtype": dtype,

@@ -11,7 +11,6 @@ from typing import Literal
 
 __all__ = ["DYNAMIC_ONLY", "SCALE_METHODS", "Method", "Rule"]
 
-_HW = ("hw",)
 # Per tensor: every power of two in this range is tried; per row: these multiples of the scale of the largest weight.
 _POWERS = tuple(2.0**exponent for exponent in range(-10, 10))
 _AROUND = tuple(2.0**exponent for exponent in range(-3, 5))
@@ -24,14 +23,14 @@ class Rule:
     ``value``: from the largest magnitude, the one ("opt") of ``candidates`` with the least squared error, or fixed.
     ``rounding``: up to a power of two, to a scale that the hardware multiplies by for free ("hw"), or none. ``rows``:
     one scale a row (of the weight; of the input, a token), else one for all. ``backoff``: which part of the format's
-    range the largest magnitude fills. ``candidates``: ``("hw",)`` are those of the hardware.
+    range the largest magnitude fills. ``candidates``: empty where they are the hardware's.
     """
 
     value: Literal["maxabs", "opt", "unit", "hw_single"] = "maxabs"
     rounding: Literal["none", "pow2", "hw"] = "none"
     rows: bool = False
     backoff: float = 1.0
-    candidates: tuple[float, ...] | tuple[str, ...] = ()
+    candidates: tuple[float, ...] = ()
 
     @property
     def fixed(self) -> bool:
@@ -65,7 +64,7 @@ SCALE_METHODS: dict[str, Method] = {
     "maxabs_hw": Method(_weight("hw"), _input("hw")),
     "maxabs_pow2": Method(_weight("pow2"), _input("pow2")),
     "maxabs_arbitrary": Method(_weight("none"), _input("none")),
-    "maxabs_hw_opt_weight": Method(Rule("opt", "hw", backoff=0.5, candidates=_HW), _input("hw")),
+    "maxabs_hw_opt_weight": Method(Rule("opt", "hw", backoff=0.5), _input("hw")),
     "maxabs_pow2_opt_weight": Method(Rule("opt", "pow2", backoff=0.5, candidates=_POWERS), _input("pow2")),
     "act_maxabs_hw_weights_pcs_maxabs_pow2": Method(_weight("pow2", rows=True), _input("hw")),
     "act_maxabs_hw_weights_pcs_opt_pow2": Method(_OPT_ROWS, _input("hw")),

@@ -55,7 +55,7 @@ def scales_of_weight(weight: Tensor, rule: Rule, codes: Codes, device: Device, d
     if rule.fixed:
         return _fixed(rule, device).to(dtype).reshape(1, 1).to(weight.device)
     if rule.value == "opt" and not rule.rows:
-        candidates = device.scales if rule.candidates == ("hw",) else rule.candidates
+        candidates = rule.candidates or device.scales
         return _rounded(_best(weight, candidates, codes, device), rule, device).to(dtype).reshape(1, 1)
     if rule.rows:
         absmax = weight.abs().amax(1, keepdim=True).to(dtype)

@@ -162,16 +162,20 @@ def _merges_by_score(
     tokens: list[str], scores: list[float], types: list[int], ids: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Return every pair of tokens that makes a token, the best score first, as llama.cpp joins them."""
-    found: list[tuple[float, int, int, tuple[str, str]]] = []
-    for number, token in enumerate(tokens):
-        if types[number] not in (1, USER_DEFINED, 5) or len(token) < 2:
+    merges: list[tuple[str, str]] = []
+    joined = (1, USER_DEFINED, 5)
+    # A stable sort: of equal scores the earlier token comes first.
+    for number in sorted(range(len(tokens)), key=scores.__getitem__, reverse=True):
+        token = tokens[number]
+        if len(token) < 2 or types[number] not in joined:
             continue
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                found.append((-scores[number], number, cut, (left, right)))
-    found.sort(key=lambda item: item[:3])
-    return [item[3] for item in found]
+            left = token[:cut]
+            if left in ids:
+                right = token[cut:]
+                if right in ids:
+                    merges.append((left, right))
+    return merges
 
 
 def _t5(vocabulary: _Vocabulary) -> Tokenizer:

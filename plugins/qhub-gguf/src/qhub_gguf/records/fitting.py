@@ -16,9 +16,10 @@ __all__ = ["affine_fit", "affine_search", "columns_of", "uniform_fit", "uniform_
 
 # How far from spanning a run exactly its first guesses begin: a step too large or too small by so much.
 _GUESSES = 10
-_SWEEPS = 3
 # How often least squares and nearest codes take turns in the end.
+_SWEEPS = 3
 _TINY = 1e-30
+_FLAT = 1e-6
 
 
 def columns_of(weights: Tensor, importance: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +101,14 @@ def affine_search(x: Tensor, w: Tensor, high: int, below: bool) -> tuple[Tensor,
         v = (x - start).mul_(factor).round_().clamp_(0, high)
         wv = w * v
         sv, sxv, svv = wv.sum(0), (wx * v).sum(0), wv.mul_(v).sum(0)
-        det = (sw * svv - sv * sv).clamp_min_(_TINY)
+        det = sw * svv - sv * sv
+        # One code for all weights says nothing of a step and an offset at once.
+        flat = det <= _FLAT * sw * svv
+        det = torch.where(flat, 1.0, det)
         step, offset = (sw * sxv - sx * sv) / det, (svv * sx - sv * sxv) / det
-        if below:
-            above = offset > 0
-            step = torch.where(above, sxv / svv.clamp_min(_TINY), step)
-            offset = offset.clamp_max(0)
+        alone = flat | (offset > 0) if below else flat
+        step = torch.where(alone, sxv / svv.clamp_min(_TINY), step)
+        offset = torch.where(alone, 0.0, offset)
         error = sxx - 2 * (step * sxv + offset * sx - step * offset * sv) + step.square() * svv + offset.square() * sw
         better = (error < best) & (step > 0)
         best_step, best_offset = torch.where(better, step, best_step), torch.where(better, offset, best_offset)

@@ -47,10 +47,6 @@ class ByteStep(TableRecord):
         place = torch.bucketize(steps.contiguous(), (table[1:] + table[:-1]) / 2)
         data[..., : self.count // self.group] = place.to(torch.uint8)
 
-    def scales(self, data: Tensor) -> Tensor:
-        # The largest weight there can be: the largest steps overflow under it.
-        return self.steps(data)[0] * self.high
-
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
         x, w = columns_of(weights, importance, self.group)
         free = uniform_search(x, w, self.rounded, self.low, self.high).abs()
@@ -88,17 +84,24 @@ class MXFP4(ByteStep):
     def entries(self) -> list[float]:
         return [2.0 ** (e - 128) for e in range(256)]
 
+    def scales(self, data: Tensor) -> Tensor:
+        # The largest weight there can be: it overflows under the largest steps.
+        return self.steps(data)[0] * self.high
+
     def legal(self) -> int:
         # 12 * 2^(252 - 128) is the largest weight that is finite in float32.
         return 253
 
 
 class NVFP4(ByteStep):
-    """Four unsigned E4M3 for 16 weights each; the sign bit is not looked at, and NaN counts as 0."""
+    """Four unsigned E4M3 for 16 weights each. ggml reads NaN as 0, with a sign bit as 480, which nothing writes."""
 
     name, count, size, group = "NVFP4", 64, 36, 16
     planes = (Plane(4, 36, 4, 8),)
     nested = {"scales": Nested("float8_e4m3fn", group=0)}
+
+    def scales(self, data: Tensor) -> Tensor:
+        return torch.where(data[..., :4] == 255, torch.nan, self.steps(data)[0])
 
     def plain_scales(self, data: Tensor) -> dict[str, Tensor]:
         codes = data[..., :4] & 127

@@ -28,6 +28,7 @@ class SuperRecord(ScalarRecord):
 
     levels_low: int
     levels_high: int
+    free_steps = False
 
     @abstractmethod
     def levels(self, data: Tensor) -> Levels:

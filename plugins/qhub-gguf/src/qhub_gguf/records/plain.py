@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -62,13 +63,13 @@ def from_plain(record: ScalarRecord, layout: Layout, parts: Parts) -> Tensor | N
     own = plain_layout(record, n, k)
     same = dataclasses.replace(layout, transforms=(), activation=Activation()) == own
     for values, steps, offsets in _readings(layout, parts, record.group):
-        if not _holds(record, values):
+        if not _holds(record, values) or (offsets is not None and len(record.halves) < 2):
             continue
         shape = (*values.shape[:-1], k // record.count, record.size)
         data = torch.zeros(shape, dtype=torch.uint8, device=values.device)
         if same:
-            record.put_plain_scales(data, {name: part.reshape(*shape[:-1], -1) for name, part in _scales(parts)})
-        elif record.nested:
+            record.put_plain_scales(data, _by_record(parts, shape[:-1]))
+        elif not record.free_steps:
             return None
         else:
             inner = (k // record.count, record.count // record.group)
@@ -82,9 +83,11 @@ def from_plain(record: ScalarRecord, layout: Layout, parts: Parts) -> Tensor | N
     return None
 
 
-def _scales(parts: Parts) -> Iterator[tuple[str, Tensor]]:
-    """Yield the scale tensors with as many entries in each record."""
-    return ((name, part) for name, part in parts.items() if name.startswith(("scales", "zeros")) and part.ndim > 1)
+def _by_record(parts: Parts, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the scale tensors of ``parts`` with the entries of each record on an axis of their own."""
+    scales = {name: part for name, part in parts.items() if name.startswith(("scales", "zeros"))}
+    # A second-level scale of the whole matrix is none of a record's.
+    return {n: part.reshape(*shape, -1) for n, part in scales.items() if part.numel() >= math.prod(shape)}
 
 
 def _holds(record: ScalarRecord, values: Tensor) -> bool:

@@ -36,7 +36,7 @@ class ScalarRecord(GgmlRecord):
 
     ``planes``: where the bits of the codes are. ``nested``: how the core says the steps, ``scales``, and the offsets,
     ``zeros``; empty where they are plain tensors. ``table``: what the codes stand for, if not whole numbers in a row;
-    ``table_unit``: what the core's table of them is divided by.
+    ``table_unit``: what the core's table of them is divided by. ``free_steps``: whether :meth:`put_steps` can be asked.
     """
 
     low: int
@@ -46,6 +46,7 @@ class ScalarRecord(GgmlRecord):
     nested: Mapping[str, Nested] = MappingProxyType({})
     table: tuple[int, ...] = ()
     table_unit = 1
+    free_steps = True
 
     @abstractmethod
     def plain_scales(self, data: Tensor) -> dict[str, Tensor]:

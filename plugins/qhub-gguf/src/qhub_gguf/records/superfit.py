@@ -121,6 +121,8 @@ class _StepsAndOffsets:
         least = torch.zeros(())
         d, m = _half(step.amax(0) / top), _half(offset.amax(0) / top)
         steps, offsets = (_over(free, factor).round().clamp(0, top) for free, factor in ((step, d), (offset, m)))
+        # Steps may be too small for a float16; the offsets then stand for the weights alone.
+        offsets = torch.where(d == 0, _over(-self.sx / self.sw.clamp_min(_TINY), m).round().clamp(0, top), offsets)
         for turn in range(_ROUNDS + 1):
             steps, offsets, error, sums = self._levels(d, m, steps, offsets)
             found, least = _kept(found, least, (d, m, steps, offsets), error)

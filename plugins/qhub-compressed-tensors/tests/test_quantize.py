@@ -1,0 +1,54 @@
+"""Rounding to nearest: the same numbers as the library's observers find for the same weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from qhub_compressed_tensors.quantize import quantize
+from torch import Tensor
+
+from qhub.errors import ConfigError
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_scales_and_codes_are_the_librarys(known: Any, dense: Tensor) -> None:
+    """In float32 bit for bit; of a 16-bit weight the library computes in 16 bits, and is no nearer to it."""
+    weight = dense.to(known.dtype)
+    found = quantize(weight, known.layout, {"max_abs": torch.full((128,), 4.0)})
+    entries = known.format.pack(known.layout, found, known.dtype)
+    assert sorted(entries) == sorted(known.entries)
+    for name, wanted in known.entries.items():
+        assert entries[name].dtype == wanted.dtype, name
+        if known.dtype == torch.float32:
+            assert torch.equal(_bits(entries[name]), _bits(wanted)), name
+    # Not further from the weight than the library's rounding.
+    layout, parts = known.format.unpack(known.layout, entries)
+    error = [(one - weight.float()).square().sum() for one in (layout.dequantize(parts), known.dequantized)]
+    assert float(error[0]) <= float(error[1]) * 1.0001
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8", "NVFP4", "MXFP4", "MXFP8", "MXFP6A16", "4 bits in 32, asymmetric"])
+def test_a_weight_of_zeros(scheme: str, cases: dict[str, Any]) -> None:
+    case = cases[scheme]
+    parts = quantize(torch.zeros(64, 128), case.layout, {"max_abs": torch.zeros(128)})
+    case.layout.validate(parts)
+    case.layout.check_values(parts)
+    assert float(case.layout.dequantize(parts).abs().max()) == 0
+
+
+def test_stored_zeros_of_inputs_are_refused(cases: dict[str, Any], dense: Tensor) -> None:
+    config = cases["W8A8"].config
+    from qhub_compressed_tensors.layout import layout_of
+    from qhub_compressed_tensors.scheme import scheme_of
+
+    inputs = {"num_bits": 8, "strategy": "tensor", "symmetric": False}
+    group = {**config.config_groups["W8A8"], "input_activations": inputs}
+    scheme = scheme_of("g", group, "int-quantized")
+    assert scheme is not None
+    with pytest.raises(ConfigError, match="input_activations"):
+        quantize(dense, layout_of(scheme, 64, 128, "a"), {"max_abs": torch.ones(128)})
