@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qhub import QuantizedTensor
 from qhub.evaluate import compare, windows_of
+from qhub.registry import registry
 
 # The settings of the peers: bitsandbytes from float32 weights (int8 rounds through float16 itself), hqq with float16
 # scales.
@@ -46,6 +47,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "HQQ 4-bit g64 axis 0": ({"quant_method": "hqq", "nbits": 4, "group_size": 64, "axis": 0}, torch.float16),
     "HQQ 3-bit g64 axis 1": ({"quant_method": "hqq", "nbits": 3, "group_size": 64, "axis": 1}, torch.float16),
     "HQQ 2-bit g64 axis 1": ({"quant_method": "hqq", "nbits": 2, "group_size": 64, "axis": 1}, torch.float16),
+    # llama.cpp quantizes from a float32 file.
+    **{
+        f"GGUF {name}": ({"quant_method": "gguf", "file_type": name}, torch.float32)
+        for name in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
+    },
 }
 
 # The peers' settings: gptqmodel quantizes from the checkpoint's bfloat16.
@@ -123,7 +129,8 @@ def _host_config(method: str, values: dict[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig, HqqConfig
 
     plain = {key: value for key, value in values.items() if key != "quant_method"}
-    return {"bitsandbytes": BitsAndBytesConfig, "hqq": HqqConfig}[method](**plain)
+    known = {"bitsandbytes": BitsAndBytesConfig, "hqq": HqqConfig}
+    return known[method](**plain) if method in known else registry.call(method, "qhub_config").parse(values)
 
 
 def main() -> None:

@@ -79,16 +79,23 @@ class QuantizerPlugin:
 
     @hookspec(firstresult=True)
     def qhub_quantize(  # type: ignore[empty-body]
-        self, config: Any, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]
+        self,
+        config: Any,
+        weight: Tensor,
+        layout: Layout,
+        statistics: Mapping[str, Tensor],
+        parameter: str,
+        expert: int | None,
     ) -> Mapping[str, Tensor]:
         """Turn one dense weight into the tensors of its layout.
 
         Called: addressed, once per matrix (fused experts one at a time), on the weight's device, without gradients.
         ``weight``: (layout.out_features, layout.in_features), in the dtype it was loaded in; do not write into it.
         ``statistics``: those that the plan asked for, by name (:mod:`qhub.calibration.statistics` defines each), for
-        the input of this very layer; empty otherwise. Returns ``{part name: tensor}``, exactly the layout's parts. A
-        plan that says ``rows_independent`` gets the layers that share an input and a layout as one tall matrix. A
-        method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
+        the input of this very layer; empty otherwise. ``parameter``: its name, ``expert``: which of its matrices; empty
+        and None where several layers are quantized as one. Returns ``{part name: tensor}``, exactly the layout's
+        parts. A plan that says ``rows_independent`` gets the layers that share an input and a layout as one tall
+        matrix. A method that only loads checkpoints leaves this hook out; asking it to quantize is then refused.
         """
 
     @hookspec(firstresult=True)
@@ -97,7 +104,7 @@ class QuantizerPlugin:
 
         Called: addressed, before a model is calibrated, for methods whose plans ask for statistics. Returns
         :class:`qhub.calibration.CalibrationOptions`; what the caller gives (``qhub quantize --dataset``) wins over it.
-        None, or no such hook: the engine's defaults.
+        None: no data is needed for these settings. No such hook: the engine's defaults.
         """
 
     @hookspec(firstresult=True)

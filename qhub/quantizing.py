@@ -27,8 +27,16 @@ class Quantization:
         self.config = config
         self._policies: dict[Layout, AdapterPolicy] = {}
 
-    def parts(self, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the plugin's parts for one matrix ``weight`` (N, K)."""
+    def parts(
+        self,
+        weight: Tensor,
+        layout: Layout,
+        statistics: Mapping[str, Tensor],
+        name: str = "",
+        expert: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the plugin's parts for one matrix ``weight`` (N, K); ``name``, ``expert``: which it is, if it is
+        one."""
         return dict(
             registry.call(
                 self.method,
@@ -37,12 +45,14 @@ class Quantization:
                 weight=weight.contiguous(),
                 layout=layout,
                 statistics=statistics,
+                parameter=parameter,
+                expert=expert,
             )
         )
 
-    def matrix(self, weight: Tensor, planned: LayerPlan, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
-        """Return one quantized matrix."""
-        parts = self.parts(weight, planned.layout, statistics)
+    def matrix(self, weight: Tensor, planned: LayerPlan, parameter: str, expert: int | None) -> QuantizedTensor:
+        """Return one matrix quantized without statistics."""
+        parts = self.parts(weight, planned.layout, {}, parameter, expert)
         return self.build(planned.layout, parts, weight.dtype, planned.compute_dtype)
 
     def build(
@@ -72,7 +82,7 @@ class Quantization:
         if info.kind == "conv1d" or info.transposed:
             weight = weight.transpose(-1, -2)
         matrices = [weight] if info.experts is None else weight
-        return self.assemble(info, lambda expert: self.matrix(matrices[expert or 0], planned, {}))
+        return self.assemble(info, lambda expert: self.matrix(matrices[expert or 0], planned, info.name, expert))
 
     def assemble(self, info: WeightInfo, matrix: Callable[[int | None], QuantizedTensor]) -> QuantizedTensor:
         """Return the parameter ``info`` from its matrices (N, K): ``matrix(expert)``, or ``matrix(None)`` if it is

@@ -3,18 +3,20 @@ add up.
 
 With x (K,) the input of one token, T tokens, all in float32:
 
-========== ======= ==============================================================================================
-name       shape   value
-========== ======= ==============================================================================================
-hessian    (K, K)  mean of x x^T: half the second derivative of the squared output error by a row of the weight
-                   (Frantar et al. 2022, "GPTQ", section 3.1, without the factor 2)
-cross      (K, K)  mean of x_float x^T; rows: the same input in the unquantized model. With it the error against the
-                   unquantized model's output can be minimised (Li et al. 2025, "GPTAQ", section 3)
-mean_abs   (K,)    mean of |x| (Lin et al. 2023, "AWQ", section 3.2)
-max_abs    (K,)    largest |x| of each feature: what a stored input scale has to reach (Xiao et al. 2023, "SmoothQuant",
-                   section 4)
-tokens     ()      T; always there
-========== ======= ==============================================================================================
+=========== ======= ==============================================================================================
+name        shape   value
+=========== ======= ==============================================================================================
+hessian     (K, K)  mean of x x^T: half the second derivative of the squared output error by a row of the weight
+                    (Frantar et al. 2022, "GPTQ", section 3.1, without the factor 2)
+cross       (K, K)  mean of x_float x^T; rows: the same input in the unquantized model. With it the error against the
+                    unquantized model's output can be minimised (Li et al. 2025, "GPTAQ", section 3)
+mean_abs    (K,)    mean of |x| (Lin et al. 2023, "AWQ", section 3.2)
+mean_square (K,)    mean of x^2, the diagonal of ``hessian``: what the error of a column costs (llama.cpp's importance
+                    matrix)
+max_abs     (K,)    largest |x| of each feature: what a stored input scale has to reach (Xiao et al. 2023,
+                    "SmoothQuant", section 4)
+tokens      ()      T; always there
+=========== ======= ==============================================================================================
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ __all__ = ["MAXIMA", "STATISTICS", "Sums", "check_names", "needs_float_stream", 
 # Of a symmetric product on a CPU.
 _BLOCKS, _SMALLEST_BLOCK = 4, 256
 
-STATISTICS = ("cross", "hessian", "max_abs", "mean_abs", "tokens")
+STATISTICS = ("cross", "hessian", "max_abs", "mean_abs", "mean_square", "tokens")
 # Those of which the largest counts where others are added: over batches, and over processes.
 MAXIMA = frozenset({"max_abs"})
 
@@ -56,7 +58,7 @@ class Sums:
         check_names(self.names)
         self.tokens = 0
         square, row = (features, features), (features,)
-        shapes = {"hessian": square, "cross": square, "mean_abs": row, "max_abs": row}
+        shapes = {"hessian": square, "cross": square, "mean_abs": row, "mean_square": row, "max_abs": row}
         self.tensors = {name: torch.zeros(shapes[name], device=device) for name in self.names}
 
     def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
@@ -69,6 +71,8 @@ class Sums:
             _add_product(self.tensors["cross"], x_float, x)
         if "mean_abs" in self.tensors:
             self.tensors["mean_abs"] += x.abs().sum(0, dtype=torch.float32)
+        if "mean_square" in self.tensors:
+            self.tensors["mean_square"] += x.float().square().sum(0)
         if "max_abs" in self.tensors and x.shape[0]:
             torch.maximum(self.tensors["max_abs"], x.abs().amax(0).float(), out=self.tensors["max_abs"])
 
@@ -107,12 +111,12 @@ def neutral(names: Iterable[str], features: int, device: torch.device) -> dict[s
     """Return statistics that say nothing: every feature alike and none related to another; ``tokens`` is 0."""
     eye = torch.eye(features, device=device)
     ones = torch.ones(features, device=device)
-    values = {"hessian": eye, "cross": eye, "mean_abs": ones, "max_abs": ones}
+    values = {"hessian": eye, "cross": eye, "mean_abs": ones, "mean_square": ones, "max_abs": ones}
     return {**{name: values[name] for name in names if name != "tokens"}, "tokens": torch.tensor(0)}
 
 
 def rescaled(statistics: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
     """Return the statistics of the input multiplied by ``factor`` (K,), above zero."""
     both = factor[:, None] * factor
-    factors = {"hessian": both, "cross": both, "mean_abs": factor, "max_abs": factor}
+    factors = {"hessian": both, "cross": both, "mean_abs": factor, "mean_square": factor * factor, "max_abs": factor}
     return {name: value * factors[name] if name in factors else value for name, value in statistics.items()}

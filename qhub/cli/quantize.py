@@ -102,7 +102,7 @@ def quantize(
             quantization = make_config(method, preset, bits, group_size, settings or [])
             _refuse_quantized(model)
             say(f"reading {model} and quantizing it with {method}")
-            streamed = streams(method) and method not in registry.handed_back()
+            streamed = streams(method, quantization) and method not in registry.handed_back()
             if streamed:
                 loaded = calibration.stream(model, quantization, out, wanted, chosen, overwrite).model
                 if not calibration.leads():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qhub.layouts import Layout
 
-__all__ = ["Entry", "Format"]
+__all__ = ["Entry", "Format", "Fusion"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Entry:
     shape: tuple[int, ...] | None
     dtypes: tuple[torch.dtype, ...] = ()
     required: bool = True
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Describes linear layers that a checkpoint stores on top of each other as one, which a model has one by one.
+
+    ``members``: the model's modules, in the order of their rows. ``scales``: the local name of a tensor (members,),
+    beside the whole's entries, whose entries the members' outputs are multiplied by; None where there is none.
+    """
+
+    members: tuple[str, ...]
+    scales: str | None = None
 
 
 class Format(ABC):
@@ -58,6 +70,14 @@ class Format(ABC):
         """Return the local names of tensors that belong to no weight and have no place in a model (scales of the
         key-value cache): they are carried along and written back."""
         return frozenset()
+
+    @property
+    def fusions(self) -> Mapping[str, Fusion]:
+        """Return which modules a checkpoint may have instead of several of the model's, by the whole's last name.
+
+        Where all matrices of a group can be cut by rows, transformers' own conversions do; this is for the others.
+        """
+        return {}
 
     def check(self, layout: Layout, entries: Mapping[str, Tensor], settings: str) -> None:
         """Raise :class:`LayoutError` unless what :meth:`entries` requires is there, all of the declared shapes and

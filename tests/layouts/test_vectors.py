@@ -26,9 +26,8 @@ def _listed(table: Tensor, shift: float) -> Tensor:
     for row, code in itertools.product(range(rows), range(1 << width)):
         odd = bin(code).count("1") % 2
         signs = code ^ odd
-        vectors.append(
-            [(-1) ** (signs >> j & 1) * float(table[row, j]) + (-shift if odd else shift) for j in range(width)]
-        )
+        added = -shift if odd else shift
+        vectors.append([(-1) ** (signs >> j & 1) * float(table[row, j]) + added for j in range(width)])
     return torch.tensor(vectors)
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qhub_compressed_tensors.config import spec
 from qhub_compressed_tensors.format import CompressedTensorsFormat, float6_table
+from qhub_compressed_tensors.plan import plan
 from qhub_compressed_tensors.words import codes_of_words, old_word_count, word_count, words_of_codes
 from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.plan import WeightInfo
-from qhub_compressed_tensors.plan import plan
 
 
 def _layout(weights: dict[str, Any], n: int, k: int, fmt: str = "pack-quantized") -> Any:

@@ -85,7 +85,7 @@ def test_general_entries(tiny: Callable[[str], Any]) -> None:
 
 def test_size_labels() -> None:
     counts = (268_000_000, 8_030_000_000, 1_100_000_000, 5_200_000, 900)
-    assert [size_label(count) for count in counts] == ["268M", "8.0B", "1.1B", "5.2M", "0.90K"]
+    assert [size_label(count) for count in counts] == ["268M", "8.0B", "1.1B", "5.2M", "0.9K"]
 
 
 def test_llama3_scaling_is_found_in_its_factors() -> None:

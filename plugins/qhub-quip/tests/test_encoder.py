@@ -92,8 +92,9 @@ def test_a_merge_keeps_the_rotation_and_lands_near(name: str, left: float, known
     update = _random(n, 4, seed=1) @ _random(4, k, seed=2)
     target = case.dequantized + update * (case.dequantized.norm() / update.norm())
     weight.copy_(target)
-    # QuIP#'s own error on the Gaussian matrices of its known answers is 0.31, 0.17 and 0.095 to 0.099 of their norms; an
-    # update of rank 4 leaves a small matrix less Gaussian. Under the old scale it would be 0.22 at 3 and 0.18 at 4 bits.
+    # QuIP#'s own error on the Gaussian matrices of its known answers is 0.31, 0.17 and 0.095 to 0.099 of their norms;
+    # an update of rank 4 leaves a small matrix less Gaussian. With a scale that was fitted from the old one only, it
+    # would be 0.22 at 3 and 0.18 at 4 bits.
     assert float((weight.dequantize() - target).norm() / target.norm()) < left
     for part in ("in_scale", "out_scale", "codebooks"):
         assert torch.equal(weight.parts[part], parts[part])

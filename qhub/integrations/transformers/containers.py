@@ -85,7 +85,7 @@ def wrap_readers() -> None:
 
 
 class _Ready(dict[str, Any]):
-    """Stands for the tokens and merges that transformers would make a tokenizer from: here it is made when asked for."""
+    """Stands for the tokens and merges that transformers would make a tokenizer from; it is made when asked for."""
 
     def __init__(self, container: Container) -> None:
         super().__init__(tokenizer_type="ready")

@@ -46,7 +46,7 @@ def quantize(
     from qhub.integrations.transformers.streaming import quantize_folder
 
     method = method_of(config)
-    if streams(method):
+    if streams(method, config):
         done = quantize_folder(str(model), config, Path(out), options=chosen, progress=progress).model
     else:
         done = load_and_quantize(str(model), config, chosen, progress)
@@ -55,12 +55,15 @@ def quantize(
     return done
 
 
-def streams(method: str) -> bool:
-    """Return whether ``method`` is quantized from folder to folder with one block in memory at a time.
+def streams(method: str, config: Any) -> bool:
+    """Return whether ``method`` is quantized from folder to folder with one block in memory at a time, as ``config``
+    says.
 
     Those without data are as quick as loading; a file that is no safetensors is written in one piece.
     """
-    return registry.has(method, "qhub_calibration") and not registry.has(method, "qhub_save")
+    if not registry.has(method, "qhub_calibration") or registry.has(method, "qhub_save"):
+        return False
+    return registry.call(method, "qhub_calibration", config=config) is not None
 
 
 def load_and_quantize(model: str, config: Any, options: dict[str, Any], progress: Any = None, **loading: Any) -> Any:

@@ -21,6 +21,7 @@ from qhub.integrations.transformers import companions, optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.container_loading import ReadsContainers
 from qhub.integrations.transformers.conversions import Ready
+from qhub.integrations.transformers.fusing import put_fused, undo_fused
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.recording import record_config, take_passengers
 from qhub.integrations.transformers.saving import entries_of_model
@@ -132,6 +133,9 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             self._headers = read_headers(checkpoint_files)
         self.releaser = Releaser({tensor.file for tensor in self._headers.values()})
         if self.pre_quantized:
+            if self.container is None:
+                fmt = registry.call(self.method, "qhub_format", config=self.quantization_config)
+                put_fused(model, self._headers, fmt)
             self._weights = find_weights(model, self._takes_embeddings())
             self._notice_skips(model, device_map)
             if self.container is not None:
@@ -372,6 +376,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         undo_layers(model, dtype or model.dtype)
+        undo_fused(model)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:

@@ -65,7 +65,15 @@ def put_layers(model: nn.Module, weights: Iterable[WeightInfo]) -> None:
         old = model.get_submodule(parent)
         layer = QuantLinear.hollow(info.in_features, info.out_features, getattr(old, "bias", None), info.dtype)
         layer.train(old.training)
+        _take_over(layer, old)
         model.set_submodule(parent, layer)
+
+
+def _take_over(layer: nn.Module, old: nn.Module) -> None:
+    """Give ``layer`` what ``old`` holds besides weight and bias: the scales of a layer that stands for several."""
+    for name, parameter in old.named_parameters(recurse=False):
+        if name not in layer._parameters:
+            layer.register_parameter(name, parameter)
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
@@ -88,6 +96,7 @@ def undo_layers(model: nn.Module, dtype: torch.dtype) -> None:
         if type(module) is QuantLinear:
             plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             plain.weight, plain.bias = module.weight, module.bias
+            _take_over(plain, module)
             plain.train(module.training)
             if hasattr(module, "_hf_hook"):
                 from accelerate.hooks import add_hook_to_module, remove_hook_from_module

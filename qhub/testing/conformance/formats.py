@@ -71,6 +71,8 @@ class FormatChecks(KitBase):
 
     def test_files_hold_the_packed_entries(self, subject: Subject, bench: Workbench) -> None:
         """The saved file stores every quantized weight as entries, and none of them dense."""
+        if bench.container:
+            pytest.skip(f"checkpoints of {self.method} are no safetensors")
         model = bench.model(subject)
         headers = read_headers(str(file) for file in sorted(bench.saved(subject).glob("*.safetensors")))
         stored, dense = sort_entries(headers, bench.format(model))

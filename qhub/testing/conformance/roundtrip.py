@@ -103,7 +103,9 @@ class RoundTripChecks(KitBase):
 
     def test_sharded_save_reloads_bit_identical(self, subject: Subject, reloaded: dict, bench: Workbench) -> None:
         """A checkpoint in several files, where one weight's entries may lie in two of them, loads the same."""
-        shards = list(reloaded["folders"][subject, "sharded"].glob("*.safetensors")) if not reloaded["failures"] else []
+        kind = "*" if bench.container else "*.safetensors"
+        files = list(reloaded["folders"][subject, "sharded"].glob(kind)) if not reloaded["failures"] else []
+        shards = [file for file in files if file.suffix not in (".json", ".md")]
         assert len(shards) != 1, "the model is too small to be sharded: raise hidden_size"
         self._compare(subject, "sharded", reloaded, bench)
 

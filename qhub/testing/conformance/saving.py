@@ -34,6 +34,8 @@ class SavingChecks(KitBase):
         """The disk fills up midway: the error comes through, the old checkpoint is whole, nothing is left beside it."""
         import transformers.modeling_utils as host
 
+        if bench.container:
+            pytest.skip(f"{self.method} writes files of its own kind: its own tests interrupt that")
         parent = bench.folder("full")
         folder = parent / "model"
         model = bench.model(single)

@@ -53,6 +53,11 @@ class Workbench:
             _benches[tests] = cls(tests.method, list(tests.configs), tests.hidden_size, factory)
         return _benches[tests]
 
+    @property
+    def container(self) -> bool:
+        """Return whether the method's checkpoints are files of its own kind, no safetensors."""
+        return registry.has(self.method, "qhub_save")
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned the first time it was asked for under ``name``."""
         if name not in self._kept:

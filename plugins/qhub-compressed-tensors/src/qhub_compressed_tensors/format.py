@@ -268,7 +268,7 @@ def _check_codes(layout: Affine, codes: Tensor) -> None:
     low, high = -_offset(layout), _offset(layout) - 1
     if codes.device.type != "meta" and bool(((codes < low) | (codes > high)).any()):
         raise LayoutError(
-            f"entry 'weight' holds {int(codes.min())} to {int(codes.max())}, codes of {layout.bits} bits {low} to {high}"
+            f"entry 'weight' holds {int(codes.min())} to {int(codes.max())}, codes of {layout.bits} bits {low}-{high}"
         )
 
 

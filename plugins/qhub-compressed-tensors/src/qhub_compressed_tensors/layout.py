@@ -38,7 +38,7 @@ def check_zeros(layout: Affine, zeros: Tensor) -> None:
     low, high = layout.code_range
     if bool(((zeros < low) | (zeros > high)).any()):
         raise LayoutError(
-            f"tensor 'zeros' holds {int(zeros.min())} to {int(zeros.max())}, codes of {layout.bits} bits {low} to {high}"
+            f"tensor 'zeros' holds {int(zeros.min())} to {int(zeros.max())}, codes of {layout.bits} bits {low}-{high}"
         )
 
 

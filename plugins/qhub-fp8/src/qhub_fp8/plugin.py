@@ -36,11 +36,12 @@ def qhub_plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerP
 
 
 @hookimpl
-def qhub_calibration(config: Any) -> CalibrationOptions:
-    """Take data and tokenizer from the config."""
+def qhub_calibration(config: Any) -> CalibrationOptions | None:
+    """Take data and tokenizer from the config, where inputs get stored scales."""
     from qhub_fp8.config import calibration
+    from qhub_fp8.settings import settings_of
 
-    return calibration(config)
+    return calibration(config) if settings_of(config).scheme == "static" else None
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from qhub import ConfigSpec, hookimpl
 from qhub.formats import Container, Format
 from qhub.layouts import Layout
 from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
+
+if TYPE_CHECKING:
+    from qhub.calibration import CalibrationOptions
 
 __all__: list[str] = []
 
@@ -44,12 +47,24 @@ def qhub_plan(config: Any, weights: Sequence[WeightInfo], model_config: Any) -> 
 
 @hookimpl
 def qhub_quantize(
-    config: Any, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor]
+    config: Any, weight: Tensor, layout: Layout, statistics: Mapping[str, Tensor], parameter: str, expert: int | None
 ) -> Mapping[str, Tensor]:
     from qhub.layouts.blocks import Blocks
+    from qhub_gguf.plan import importance_of
 
     assert isinstance(layout, Blocks)
-    return layout.fitted(weight, statistics.get("mean_square"))
+    importance = statistics.get("mean_square")
+    if importance is None:
+        importance = importance_of(config, parameter, expert)
+    return layout.fitted(weight, importance)
+
+
+@hookimpl
+def qhub_calibration(config: Any) -> CalibrationOptions | None:
+    from qhub.calibration import CalibrationOptions
+
+    # llama.cpp measures on the unquantized model: every input of a block comes from one pass.
+    return CalibrationOptions(sequential="block") if config.calibrate else None
 
 
 @hookimpl

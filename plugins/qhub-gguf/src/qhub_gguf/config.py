@@ -39,7 +39,10 @@ class GgufQuantConfig(MethodConfig):
         from qhub_gguf.mixes import file_type_of
         from qhub_gguf.types import TYPES
 
-        file_type_of(self.file_type)
+        try:
+            file_type_of(self.file_type)
+        except ConfigError as error:
+            raise ConfigError(f"gguf: file_type={self.file_type!r}: {error}") from error
         for expression, name in (self.tensor_types or {}).items():
             if name not in TYPES:
                 raise ConfigError(

@@ -146,4 +146,3 @@ def _joined(
         return layouts[0], {"blocks": torch.stack(blocks, part.dim)}
     rows = torch.stack(blocks, -2).flatten(-3, -2)
     return layouts[0].with_rows(rows.shape[-2]), {"blocks": rows}
-

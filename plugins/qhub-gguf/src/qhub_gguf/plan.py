@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qhub.errors import ConfigError
+from torch import Tensor
+
+from qhub.errors import CheckpointError, ConfigError
 from qhub.layouts.blocks import Blocks
 from qhub.plan import LayerPlan, Skip, WeightInfo
+from qhub_gguf.imatrix import ImportanceMatrix
 from qhub_gguf.names import Mapping as Names
 from qhub_gguf.records import record_of
 from qhub_gguf.types import TYPES
 
-__all__ = ["plan_weights", "tensor_types"]
+__all__ = ["importance_of", "plan_weights", "tensor_types"]
 
 
 def plan_weights(config: Any, weights: Sequence[WeightInfo], model_config: Any) -> dict[str, LayerPlan | Skip]:
     """Return the plan of ``weights``: blocks of the type that the mix gives their tensor."""
     types = tensor_types(config, weights, model_config)
+    if config.imatrix is not None:
+        config.importance = _importance(config.imatrix, weights, model_config)
     statistics = ("mean_square",) if config.calibrate else ()
     plan: dict[str, LayerPlan | Skip] = {}
     for weight in weights:
@@ -43,8 +48,33 @@ def tensor_types(config: Any, weights: Sequence[WeightInfo], model_config: Any) 
     shapes = {weight.name: _shape(weight) for weight in weights}
     tensors = _tensor_names(weights, model_config)
     by_tensor = {tensor: shapes[name] for name, tensor in tensors.items()}
-    chosen = types_for(config.file_type, model_config, by_tensor, overrides=config.tensor_types)
+    chosen = types_for(
+        config.file_type, model_config, by_tensor, overrides=config.tensor_types, importance=weighs(config)
+    )
     return {name: chosen[tensor] for name, tensor in tensors.items()}
+
+
+def weighs(config: Any) -> bool:
+    """Return whether errors are weighted by what layers take in."""
+    return config.imatrix is not None or config.calibrate
+
+
+def importance_of(config: Any, name: str, expert: int | None) -> Tensor | None:
+    """Return what the importance matrix of ``config`` says of a weight, (K,); None where it says nothing."""
+    found = getattr(config, "importance", {}).get(name)
+    return found if found is None or found.ndim == 1 else found[expert or 0]
+
+
+def _importance(path: str, weights: Sequence[WeightInfo], model_config: Any) -> dict[str, Tensor]:
+    matrix = ImportanceMatrix.read(path)
+    tensors = _tensor_names(weights, model_config)
+    found = {weight.name: matrix.of(tensors[weight.name], weight.in_features) for weight in weights}
+    known = {name: values for name, values in found.items() if values is not None}
+    if not known:
+        raise CheckpointError(
+            f"the importance matrix {path} names none of this model's tensors, {list(tensors.values())[:2]}"
+        )
+    return known
 
 
 def _shape(weight: WeightInfo) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 """QuIP#'s checkpoint entries, as its ``QuantizedLinear`` names them (lib/linear/quantized_linear.py)::
 
-Qidxs        (N, K/32), (N, K/16) or (N, 3K/64) int64: the words of the codes, those of the second code beside them
-SU, SV       (K,), (N,) float16: what inputs and outputs are multiplied by: signs, and a scale, tuned afterwards
-Wscale       () float: another scale; 1 in newer files, where it is in SV
-codebook_id  () int64: 7, 17 or 18
-scaleWH      (K,) float: what inputs are divided by, with rescale_WH
+    Qidxs        (N, K/32), (N, K/16) or (N, 3K/64) int64: the words of the codes, those of the second code beside them
+    SU, SV       (K,), (N,) float16: what inputs and outputs are multiplied by: signs, and a scale, tuned afterwards
+    Wscale       () float: another scale; 1 in newer files, where it is in SV
+    codebook_id  () int64: 7, 17 or 18
+    scaleWH      (K,) float: what inputs are divided by, with rescale_WH
+
+Beside those of ``qkv_proj`` and ``upgate_proj``, which are several layers in one, lie their ``fuse_scales``, (3,) or
+(2,) float: what the pieces of the output are multiplied by.
 """
 
 from __future__ import annotations
@@ -17,17 +20,23 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
-from qhub.formats import Entry, Format
+from qhub.formats import Entry, Format, Fusion
 from qhub.layouts import Codebook, Layout
 from qhub_quip.hadamard import hadamard_matrix
 from qhub_quip.lattices import CODEBOOKS, code_tables
 from qhub_quip.packing import pack_bytes, pack_e8p, unpack_bytes, unpack_e8p
 
-__all__ = ["QuipFormat"]
+__all__ = ["FUSIONS", "QuipFormat"]
 
 _FLOATS = (torch.float16, torch.float32, torch.bfloat16)
-# Entry, the part that holds it, and whether a zero cannot be: nothing but damage makes one.
+# Entry, and the part that holds it.
 _VECTORS = {"SU": "in_scale", "SV": "out_scale", "scaleWH": "in_divisor"}
+
+# QuIP#'s Llama rotates these outputs together (model/llama.py): all released checkpoints have them so.
+FUSIONS = {
+    "qkv_proj": Fusion(("q_proj", "k_proj", "v_proj"), "fuse_scales"),
+    "upgate_proj": Fusion(("up_proj", "gate_proj"), "fuse_scales"),
+}
 
 
 class QuipFormat(Format):
@@ -44,6 +53,10 @@ class QuipFormat(Format):
     @property
     def names(self) -> frozenset[str]:
         return frozenset({"Qidxs", "Wscale", "codebook_id", *_VECTORS})
+
+    @property
+    def fusions(self) -> Mapping[str, Fusion]:
+        return FUSIONS
 
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         assert isinstance(layout, Codebook)

@@ -46,11 +46,11 @@ def qhub_plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerP
 
 
 @hookimpl
-def qhub_calibration(config: Any) -> CalibrationOptions:
-    """Take data and tokenizer from the config."""
+def qhub_calibration(config: Any) -> CalibrationOptions | None:
+    """Take data and tokenizer from the config, where inputs are measured."""
     from qhub_fp8.config import calibration
 
-    return calibration(config)
+    return calibration(config) if config.measures else None
 
 
 @hookimpl
