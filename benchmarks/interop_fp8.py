@@ -168,7 +168,7 @@ def _inc_write_peer(model: str, folder: Path, settings: dict[str, Any]) -> None:
 def _inc_read_peer(model: str, folder: Path, settings: dict[str, Any]) -> None:
     from neural_compressor.torch.quantization import load
 
-    _inc_dense(load(str(folder), device="cpu"), folder)
+    _inc_dense(load(str(folder), format="huggingface", device="cpu"), folder)
 
 
 ROLES: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {

@@ -39,8 +39,9 @@ class ConfigSpec:
     to leave in 16 bits; None when the method has none. ``default_skip``: whether the output head and tied weights are
     left alone when that list is not given. ``head``: attribute that, when true, has the output head quantized all the
     same; None when the method has none. ``embeddings``: attribute that, when true, has the input embeddings quantized,
-    and with them an output head that is tied to them; None when the method has none. ``always_default_skip``: whether
-    they are left alone even when it is given.
+    and with them an output head that is tied to them; None when the method has none. ``untie``: attribute that, when
+    true, has such a head keep the dense table, as a weight of its own; None when the method has none.
+    ``always_default_skip``: whether they are left alone even when it is given.
     ``offload_skip``: attribute that, when true, leaves modules in 32 bits that ``device_map`` puts on the CPU or the
     disk. ``prefers_accelerator``: whether a model loaded without a ``device_map`` goes to the accelerator, if there is
     one. ``presets``: config values under short names (``{"nf4": {...}}``), the usual one first; what the command line
@@ -65,6 +66,7 @@ class ConfigSpec:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     head: str | None = None
     embeddings: str | None = None
+    untie: str | None = None
     companion: str | None = None
     config_key: str | None = None
     from_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None

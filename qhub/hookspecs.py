@@ -152,7 +152,7 @@ class QuantizerPlugin:
 
         Called: addressed, by ``save_pretrained``, which writes ``config.json`` afterwards and moves the files to their
         place. ``container``: what the model was loaded from, None if it was quantized; tensors that have not changed
-        are written as they lie there. May note in ``config`` how the file is called.
+        are written as they lie there.
         """
 
     @hookspec(firstresult=True)

@@ -25,7 +25,8 @@ class WeightInfo:
     ``name``: the parameter, as in ``model.named_parameters()``. ``out_features`` x ``in_features``: of one matrix.
     ``experts``: how many matrices are fused in it; None for a plain linear layer. ``transposed``: whether the parameter
     is held as (in, out). ``dtype``: of the dense weight. ``kind``: ``"linear"``, ``"conv1d"`` (GPT-2's transposed
-    linear), ``"experts"`` or ``"embedding"``.
+    linear), ``"experts"`` or ``"embedding"``. ``stored``: the module's name in the checkpoint that is being loaded,
+    which may be another; None where none is.
     """
 
     name: str
@@ -35,6 +36,7 @@ class WeightInfo:
     kind: Literal["linear", "conv1d", "experts", "embedding"] = "linear"
     experts: int | None = None
     transposed: bool = False
+    stored: str | None = None
 
     @property
     def module(self) -> str:

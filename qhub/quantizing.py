@@ -32,10 +32,10 @@ class Quantization:
         weight: Tensor,
         layout: Layout,
         statistics: Mapping[str, Tensor],
-        name: str = "",
+        parameter: str = "",
         expert: int | None = None,
     ) -> dict[str, Tensor]:
-        """Return the plugin's parts for one matrix ``weight`` (N, K); ``name``, ``expert``: which it is, if it is
+        """Return the plugin's parts for one matrix ``weight`` (N, K); ``parameter``, ``expert``: which it is, if it is
         one."""
         return dict(
             registry.call(

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qhub.errors import CheckpointError
+from qhub.integrations.transformers.headers import sort_metadata
 
 IDS = torch.arange(1, 10)[None]
 
@@ -48,6 +51,20 @@ def test_full_disk_leaves_previous_files(model, tmp_path, monkeypatch):
     assert len(calls) == 2
     assert digest(target) == before
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_metadata_is_written_in_one_order(tmp_path):
+    file, tensors = tmp_path / "model.safetensors", {"a": torch.arange(7), "b": torch.ones(3, 2)}
+    metadata = {"format": "pt", **{f"key-{number}": f'{{"\u00e4/\\": {number}}}' for number in range(40)}}
+    found = set()
+    for _ in range(5):
+        save_file(tensors, file, metadata=metadata)
+        sort_metadata(file)
+        found.add(file.read_bytes())
+    assert len(found) == 1
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(name), value) for name, value in tensors.items())
 
 
 def test_fewer_shards_remove_the_old_ones(model, tmp_path):

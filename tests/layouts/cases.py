@@ -361,6 +361,18 @@ def q4_k(seed: int = 0) -> Case:
     return _case(layout, parts, oracle.q4_k(q, d.astype(float), dmin.astype(float), sc, m), 0.004 * 63 * 16)
 
 
+def tinygemm(seed: int = 0) -> Case:
+    """tinygemm's int4: scale*(q - 8) + zero in bfloat16 per 32 weights."""
+    n, k = 24, 96
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 16, (n, k))
+    scales, zeros = (torch.from_numpy(rng.uniform(low, 0.1, (n, k // 32))).to(torch.bfloat16) for low in (0.01, -0.1))
+    layout = Affine(out_features=n, in_features=k, bits=4, grid=Grid.along_k(32), zero="offset", zero_point=8.0)
+    parts = {"qweight": _packed(q, 4), "scales": scales, "zeros": zeros}
+    dense = oracle.tinygemm(q, scales.double().numpy(), zeros.double().numpy())
+    return _case(layout, parts, dense, 0.1 * 8 + 0.1)
+
+
 def q6_k(seed: int = 0) -> Case:
     """Q6_K: d*sc*(q - 32), sc int8 per 16 weights under d per 256."""
     n, k = 64, 512
@@ -500,6 +512,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "quip_e8p12": quip_e8p12,
     "quip_e8p12_factor3": quip_e8p12_factor,
     "signed_grid": signed_grid,
+    "tinygemm": tinygemm,
     "q4_k": q4_k,
     "q6_k": q6_k,
     "iq4_nl": iq4_nl,

@@ -167,6 +167,13 @@ def quip(codes: Array, su: Array, sv: Array, wscale: float, in_factor: Array | N
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
+def tinygemm(q: Array, scales: Array, zeros: Array) -> Array:
+    """w_nk = scales_ng * (q_nk - 8) + zeros_ng (pytorch, aten/src/ATen/native/cuda/int4mm.cu)."""
+    return np.array(
+        [[scales[n, k // 32] * (q[n, k] - 8) + zeros[n, k // 32] for k in range(q.shape[1])] for n in range(len(q))]
+    )
+
+
 def q4_k(q: Array, d: Array, dmin: Array, sc: Array, m: Array) -> Array:
     """Q4_K (llama.cpp ggml-quants.c): d*sc*q - dmin*m; d, dmin per 256 weights, sc, m (6 bits) per 32."""
     flat = q.reshape(-1)

@@ -129,7 +129,7 @@ def test_formats_are_those_that_upstream_chooses(name: str, fmt: str, inputs: tu
         (Float8(out_features=N, in_features=K, format="e5m2", grid=Grid.along_k(K)), "e5m2"),
         (Lookup(out_features=N, in_features=K, grid=Grid.along_k(64)), "table"),
         (Lookup(out_features=N, in_features=K, grid=Grid.along_k(64), scales_nested=Nested()), "table"),
-        (Codebook(out_features=N, in_features=K, nbits=(8,), in_group=8, out_group=1, grid=Grid.along_k(8)), "codebook"),
+        (Codebook(out_features=N, in_features=K, nbits=(8,), in_group=8, out_group=1, grid=Grid.along_k(8)), "code"),
     ],
 )  # fmt: skip
 def test_what_has_no_scheme_is_left_out_with_the_reason(layout: Layout, word: str) -> None:
@@ -200,3 +200,16 @@ def test_a_file_whose_names_mean_something_else() -> None:
     before = config.to_dict()
     record(config, {"e.0.w1": four.layout, "e.0.w2": four.layout}, ["gate", "lm_head", "x.w2"])
     assert config.to_dict() == before
+
+
+def test_a_config_may_have_the_files_names() -> None:
+    """Where transformers renames what a file holds, expressions of its config go by the file's names."""
+    from qhub_compressed_tensors.config import spec
+
+    config = spec().parse({"config_groups": {"W8A8": ["re:language_model.*"]}, "ignore": ["visual.x"]})
+    infos = [
+        WeightInfo(f"model.{name}.weight", 64, 128, torch.float32, stored=name) for name in ("language_model.a", "visual.x")
+    ]
+    plans = plan(config, infos)
+    assert isinstance(plans["model.language_model.a.weight"], LayerPlan)
+    assert plans["model.visual.x.weight"] == Skip("'visual.x' in ignore")

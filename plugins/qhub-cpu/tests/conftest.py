@@ -84,7 +84,8 @@ def affine(
     elif zero == "value":
         dense, terms = round_(round_(q - z) * s), (q + z) * s
     else:
-        dense, terms = round_(round_(q * s) + z), q * s + z
+        around = q - layout.zero_point
+        dense, terms = round_(round_(around * s) + z), around.abs() * s + z
     return Case(layout, parts, round_(dense * layout.unit) if layout.unit != 1 else dense, terms * layout.unit)
 
 
@@ -183,6 +184,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gptq 3 act-order": lambda: _permuted(affine(3, dtype=torch.float16)),
     "awq 4 scaled": lambda: _scaled(affine(4, dtype=torch.float16)),
     "offset 5": lambda: affine(5, group=32, zero="offset"),
+    "offset 4 around the middle code": lambda: affine(4, group=32, zero="offset", zero_point=8.0, dtype=torch.bfloat16),
     "6 bits of groups of 16": lambda: affine(6, group=16, zero="constant", zero_point=32.0),
     "7 bits, ragged": lambda: affine(7, k=184, group=32, zero="value"),
     "8 bits of 2-D blocks": lambda: affine(8, rows=16, group=64, zero="constant", zero_point=128.0),

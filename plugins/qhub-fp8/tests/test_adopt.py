@@ -44,7 +44,8 @@ def source(n, k, rows, cols, activation=ROWS, dtype=torch.float32, codes="e4m3fn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_are_the_same(grids, block, scheme, dtype):
     sources = {f"{i}.weight": source(24, 40, r, c, a, dtype) for i, (r, c, a) in enumerate(grids)}
-    adoption = adopt({name: layout for name, (layout, _) in sources.items()}, {})
+    adoption = adopt({name: layout for name, (layout, _) in sources.items()}, ["lm_head.weight"], {})
+    assert adoption.config.modules_to_not_convert == ["lm_head"]
     settings = settings_of(adoption.config)
     assert adoption.config.weight_block_size == block
     assert settings.scheme == scheme
@@ -63,17 +64,18 @@ def test_what_fp8_files_cannot_hold_is_said():
     layout, _ = source(24, 40, 24, 40)
     fnuz = dataclasses.replace(layout, format="e4m3fnuz")
     other = Affine(out_features=24, in_features=40, bits=4, grid=Grid.along_k(40))
-    adoption = adopt({"a": layout, "b": fnuz, "c": other}, {})
+    adoption = adopt({"a": layout, "b": fnuz, "c": other}, [], {})
+    assert adoption.config.modules_to_not_convert == ["c"]
     assert isinstance(adoption.layouts["a"], Float8)
     assert isinstance(adoption.layouts["b"], Skip) and "e4m3fnuz" in adoption.layouts["b"].reason
     assert isinstance(adoption.layouts["c"], Skip) and "affine" in adoption.layouts["c"].reason
     with pytest.raises(ConfigError, match="none of these weights"):
-        adopt({"c": other}, {})
+        adopt({"c": other}, [], {})
 
 
 def test_what_the_user_asks_for_wins():
     layout, parts = source(24, 40, 24, 40, codes="e5m2")
-    adoption = adopt({"a": layout}, {"weight_block_size": [8, 16], "activation_scheme": "none"})
+    adoption = adopt({"a": layout}, [], {"weight_block_size": [8, 16], "activation_scheme": "none"})
     assert (adoption.config.weight_block_size, adoption.config.fmt) == ([8, 16], "e5m2")
     made = translate(layout, parts, adoption.layouts["a"])
     assert made["scales"].shape == (3, 3)

@@ -44,6 +44,19 @@ def test_a_static_file_of_autofp8(llama, write, ids):
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+def test_scales_of_the_key_value_cache_are_carried_along(llama, write, ids):
+    def entries(prefix, weight):
+        cache = {"k_scale": torch.tensor(0.5)} if prefix.endswith("k_proj") else {}
+        return per_tensor(prefix, weight) | cache
+
+    config = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    folder = write(llama(), {**config, "kv_cache_scheme": "static"}, entries)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder.parent / "again")
+    again = load_file(folder.parent / "again" / "model.safetensors")
+    assert float(again["model.layers.1.self_attn.k_proj.k_scale"]) == 0.5
+
+
 @pytest.mark.parametrize("block", [[48, 48], [128, 128], [33, 7], None], ids=str)
 def test_any_block_survives_saving(llama, tmp_path, ids, block):
     llama().save_pretrained(tmp_path / "dense")

@@ -46,7 +46,6 @@ def test_unknown_arguments_are_named():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"dequantize": True}, "model.dequantize"),
         ({"modules_to_convert": ["embed_tokens"]}, "embeddings"),
         ({"fmt": "e4m3fnuz"}, "fnuz"),
     ],
@@ -73,3 +72,11 @@ def test_modules_to_not_convert(llama, tmp_path):
     assert names and all("layers.1" in name and "q_proj" not in name for name in names)
     assert model.lm_head.weight.dtype.itemsize > 1
     assert torch.equal(model.dequantize().lm_head.weight, model.lm_head.weight)
+
+
+def test_dequantize_gives_a_dense_model(library):
+    quantized = AutoModelForCausalLM.from_pretrained(library)
+    dense = AutoModelForCausalLM.from_pretrained(library, quantization_config=FineGrainedFP8Config(dequantize=True))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert type(dense.get_parameter(name)) is torch.nn.Parameter
+    assert torch.equal(dense.get_parameter(name), quantized.get_parameter(name).dequantize(dense.dtype))

@@ -185,6 +185,22 @@ def test_embeddings(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(_logits(_load(tmp_path / "saved")), _logits(model))
 
 
+def test_an_untied_head_keeps_the_dense_table(tmp_path: Path) -> None:
+    """untie_embedding_weights: the embeddings are quantized, the head that was tied to them is not."""
+    folder = _dense(tmp_path / "dense", tied=True)
+    config = TorchAoConfig("int8_weight_only", include_input_output_embeddings=True, untie_embedding_weights=True)
+    model = _load(folder, quantization_config=config)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight, table)
+    assert "model.embed_tokens.weight" in _quantized(model)
+    assert "untie_embedding_weights" in model.hf_quantizer.skipped["lm_head.weight"]
+    model.save_pretrained(tmp_path / "saved")
+    again = _load(tmp_path / "saved")
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, table)
+    assert torch.equal(_logits(again), _logits(model))
+
+
 def test_named_modules_stay_dense(dense: Path) -> None:
     config = TorchAoConfig("int8_weight_only", modules_to_not_convert=["o_proj"])
     model = _load(dense, quantization_config=config)

@@ -25,7 +25,13 @@ from qhub.integrations.transformers.fusing import put_fused, undo_fused
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.recording import record_config, take_passengers
 from qhub.integrations.transformers.saving import entries_of_model
-from qhub.integrations.transformers.weights import find_weights, put_layers, undo_layers, use_plain_experts
+from qhub.integrations.transformers.weights import (
+    find_weights,
+    put_layers,
+    undo_layers,
+    untie_head,
+    use_plain_experts,
+)
 from qhub.plan import LayerPlan, Skip, WeightInfo, matches
 from qhub.quantizing import Quantization
 from qhub.registry import registry
@@ -65,6 +71,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: dict[str, LayerPlan] = {}
         self.skipped: dict[str, str] = {}
+        self.untied: dict[str, list[str]] = {}
         self._headers: dict[str, FileTensor] = {}
         self._weights: dict[str, WeightInfo] = {}
         self._model: Any = None
@@ -142,6 +149,8 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
                 self.take_container(model, self._weights)
                 self._settle_skips()
             return
+        if self.spec.untie and self._takes_embeddings() and getattr(self.quantization_config, self.spec.untie, False):
+            self.untied = untie_head(model)
         self.plan_for(model, device_map)
         self._check_disk(device_map)
         if not self.calibrates:
@@ -157,6 +166,8 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
             patterns |= dict.fromkeys(sorted(left), "output head or tied weight")
         patterns |= dict.fromkeys(given or [], f"listed in {spec.skip}")
         patterns |= dict.fromkeys(model._keep_in_fp32_modules or [], "the model keeps it in float32")
+        heads = [name.removesuffix(".weight") for names in self.untied.values() for name in names]
+        patterns |= dict.fromkeys(heads, f"{spec.untie}: it keeps the dense table")
         if spec.offload_skip and getattr(config, spec.offload_skip, False) and isinstance(device_map, dict):
             away = [module for module, place in device_map.items() if place in ("cpu", "disk")]
             patterns |= dict.fromkeys(
@@ -397,7 +408,12 @@ class _Quantize(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, nn.Parameter]:
-        return {name: self._one(name, v[0] if isinstance(v, list) else v) for name, v in input_dict.items()}
+        made: dict[str, nn.Parameter] = {}
+        for name, found in input_dict.items():
+            value = found[0] if isinstance(found, list) else found
+            made[name] = self._one(name, value)
+            made |= {head: nn.Parameter(value.clone()) for head in self.quantizer.untied.get(name, [])}
+        return made
 
     def _one(self, name: str, value: Tensor) -> nn.Parameter:
         quantizer = self.quantizer

@@ -101,7 +101,7 @@ def find_routes(
         if converter is not None and any(isinstance(op, host.Concatenate) for op in converter.operations):
             rows //= len(converter.source_patterns)
         single = replace(info, name=target if info.experts is None and converter is None else f"{prefix}.weight")
-        single = replace(single, out_features=rows, experts=None, transposed=False)
+        single = replace(single, out_features=rows, experts=None, transposed=False, stored=prefix)
         route.sources.append(Source(stored[prefix], single, pattern))
     for route in routes.values():
         wanted = _matrices(route)

@@ -153,7 +153,7 @@ def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
     """Write the model into ``folder`` as its method's own kind of file, and beside it the config that names that."""
     quantizer = model.hf_quantizer
     config = quantizer.quantization_config
-    registry.call(
+    files = registry.call(
         quantizer.method,
         "qhub_save",
         config=config,
@@ -165,7 +165,8 @@ def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
     described = copy.deepcopy(model.config)
     described.architectures = [type(model).__name__]
     described.dtype = dtype_name(model.dtype)
-    described.quantization_config = config
+    # transformers' name for the file, where its own config class has one.
+    described.quantization_config = {**config.to_dict(), "gguf_file": files[0].name}
     described.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -12,7 +12,15 @@ from qhub.modules import QuantLinear
 from qhub.plan import WeightInfo
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["find_weights", "memory_footprint", "put_layers", "set_tensor", "undo_layers", "use_plain_experts"]
+__all__ = [
+    "find_weights",
+    "memory_footprint",
+    "put_layers",
+    "set_tensor",
+    "undo_layers",
+    "untie_head",
+    "use_plain_experts",
+]
 
 
 def find_weights(model: Any, embeddings: bool = False) -> dict[str, WeightInfo]:
@@ -84,6 +92,24 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
     else:
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def untie_head(model: Any) -> dict[str, list[str]]:
+    """Give output weights that are tied to the input embeddings of ``model``, on the meta device, tensors of their own.
+
+    Returns their names by that of the embeddings; the config says from then on that nothing is tied.
+    """
+    table = model.get_input_embeddings().weight
+    tied: dict[str, str] = model.all_tied_weights_keys
+    source = next((name for name, parameter in model.named_parameters() if parameter is table), None)
+    heads = [name for name, other in tied.items() if other == source]
+    for name in heads:
+        del tied[name]
+        set_tensor(model, name, torch.empty_like(table, device="meta"))
+    if not heads or source is None:
+        return {}
+    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+    return {source: heads}
 
 
 def undo_layers(model: nn.Module, dtype: torch.dtype) -> None:

@@ -61,8 +61,9 @@ class ConfigChecks(KitBase):
 
         with pytest.raises(ConfigError) as caught:
             config = bench.parse(bad_config)
-            weights = [w for w in find_weights(bench.meta_model("llama")).values() if w.module != "lm_head"]
-            registry.call(self.method, "qhub_plan", config=config, weights=weights, model_config=None)
+            model = bench.meta_model("llama")
+            weights = [w for w in find_weights(model).values() if w.module != "lm_head"]
+            registry.call(self.method, "qhub_plan", config=config, weights=weights, model_config=model.config)
             pytest.fail(f"{self.method} takes {bad_config}, which the class lists under bad_configs")
         message = str(caught.value)
         assert any(str(key) in message for key in bad_config), f"the error names none of {list(bad_config)}: {message}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from qhub.calibration.statistics import neutral
 from qhub.errors import LayoutError
 from qhub.layouts import Layout, Transform
-from qhub.plan import LayerPlan
+from qhub.plan import LayerPlan, WeightInfo
 from qhub.registry import registry
 from qhub.testing.conformance.subject import KitBase, Subject
 from qhub.testing.conformance.workbench import Workbench, quantized_weights
@@ -48,11 +49,15 @@ class PlanChecks(KitBase):
             pytest.skip("a checkpoint's plan is checked against its files when it is loaded")
         model = bench.model(subject)
         real = {name: weight.quant_layout for name, weight in quantized_weights(model).items()}
-        infos = [info for name, info in find_weights(bench.meta_model(subject.architecture)).items() if name in real]
-        config = model.hf_quantizer.quantization_config
-        plans = [
-            registry.call(self.method, "qhub_plan", config=config, weights=infos, model_config=None) for _ in range(2)
-        ]
+        hollow = bench.meta_model(subject.architecture)
+        weights = find_weights(hollow, embeddings=any(info.kind == "embedding" for info in _infos(model)))
+        infos = [info for name, info in weights.items() if name in real]
+        arguments = {
+            "config": model.hf_quantizer.quantization_config,
+            "weights": infos,
+            "model_config": hollow.config,
+        }
+        plans = [registry.call(self.method, "qhub_plan", **arguments) for _ in range(2)]
         assert dict(plans[0]) == dict(plans[1]), "two calls of qhub_plan with the same arguments differ"
         for info in infos:
             planned = plans[0].get(info.name)
@@ -155,6 +160,10 @@ class PlanChecks(KitBase):
             assert part.device == weight.device, f"part {name!r} is on {part.device}, the weight on {weight.device}"
             assert not part.requires_grad, f"part {name!r} requires gradients"
         return planned.layout.dequantize(parts)
+
+
+def _infos(model: Any) -> list[WeightInfo]:
+    return list(model.hf_quantizer.planned_infos().values())
 
 
 def _without_input_scale(layout: Layout) -> Layout:

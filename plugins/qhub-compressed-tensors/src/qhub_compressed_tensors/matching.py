@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+from qhub.plan import WeightInfo
 from qhub_compressed_tensors.scheme import Scheme
 
-__all__ = ["CLASSES", "matching_pattern", "scheme_for"]
+__all__ = ["CLASSES", "matching_pattern", "names_of", "scheme_for"]
 
 # torch's own classes of a linear layer and its bases; fused experts stand for as many linear layers.
 CLASSES = ("Linear", "Module")
@@ -29,6 +30,11 @@ def _names(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         return _expression(pattern[3:]).match(module) is not None
     return pattern == module
+
+
+def names_of(weight: WeightInfo) -> tuple[str, ...]:
+    """Return the names that a config may have for the module of ``weight``: the file's, and the model's."""
+    return tuple(dict.fromkeys(name for name in (weight.stored, weight.module) if name))
 
 
 def matching_pattern(module: str, patterns: Iterable[str], classes: Sequence[str] = CLASSES) -> str | None:

@@ -57,11 +57,6 @@ def check(config: Any) -> None:
             f"modules_to_convert={wanted!r} of an fp8 config: this plugin stores linear layers and experts in 8 bits, "
             "and no embeddings. Load with QHUB_NATIVE=fp8 to have transformers do it"
         )
-    if getattr(config, "dequantize", False):
-        raise ConfigError(
-            "dequantize=True of an fp8 config: load the model without it and call model.dequantize(), which gives the "
-            "same dense weights"
-        )
 
 
 def check_names(method: str, name: str, value: Any) -> None:

@@ -19,11 +19,6 @@ def spec(method: str, cls: str) -> ConfigSpec:
 
     def check(config: Any) -> None:
         check_names(method, "modules_to_not_convert", config.modules_to_not_convert)
-        if getattr(config, "dequantize", False):
-            raise ConfigError(
-                f"dequantize=True of a config of {method}: load the model without it and call model.dequantize(), "
-                "which gives the same dense weights"
-            )
 
     def from_options(options: Mapping[str, Any]) -> dict[str, Any]:
         values = dict(options)

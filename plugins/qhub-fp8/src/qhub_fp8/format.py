@@ -47,6 +47,11 @@ class Fp8Format(Format):
     def names(self) -> frozenset[str]:
         return frozenset({"weight", *_SCALES, *_INPUT_SCALES})
 
+    @property
+    def passengers(self) -> frozenset[str]:
+        # Scales of the key-value cache (AutoFP8, ModelOpt, vLLM's Attention layers).
+        return frozenset({"k_scale", "v_scale", "kv_scale", "q_scale", "prob_output_scale"})
+
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         n, k = layout.out_features, layout.in_features
         packed = isinstance(layout, Lookup)

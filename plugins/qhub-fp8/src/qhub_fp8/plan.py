@@ -40,11 +40,11 @@ def grid_of(layout: Layout) -> tuple[int, int] | None:
     return (0 if rows >= layout.out_features else rows, 0 if cols >= layout.in_features else cols)
 
 
-def adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
-    """Return a FineGrainedFP8Config and float8 layouts for ``layouts``: with the blocks that most of them have.
+def adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
+    """Return a FineGrainedFP8Config and float8 layouts for ``layouts``, with blocks that lie within all of theirs.
 
-    One scale for a matrix, or one for a row, is repeated for blocks; a row is never cut where the source has one scale
-    for it. Raises :class:`ConfigError` when none of the layouts is float8.
+    One scale for a matrix, or one for a row, is repeated for blocks. ``others``: linear weights that stay dense; the
+    config lists their modules. Raises :class:`ConfigError` when none of the layouts is float8.
     """
     from transformers import FineGrainedFP8Config
 
@@ -61,6 +61,9 @@ def adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption
     values.setdefault("fmt", "e5m2" if formats.most_common(1)[0][0] == "e5m2" else "e4m3")
     if "weight_block_size" not in values:
         values["weight_block_size"] = _common_block(grids)
+    dense = [name.removesuffix(".weight") for name in (*others, *(name for name in layouts if name not in grids))]
+    if dense:
+        values.setdefault("modules_to_not_convert", sorted(dense))
     config = FineGrainedFP8Config(**values)
     settings = settings_of(config)
     adopted: dict[str, Layout | Skip] = {}

@@ -65,11 +65,11 @@ def qhub_format(config: Any) -> Format:
 
 
 @hookimpl
-def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
+def qhub_adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
     """Hold float8 weights of any grid that one block size covers."""
     from qhub_fp8.plan import adopt
 
-    return adopt(layouts, options)
+    return adopt(layouts, others, options)
 
 
 @hookimpl

@@ -31,7 +31,7 @@ def save(
 ) -> list[Path]:
     """Write ``model`` into ``folder``; ``container``: the file it was loaded from, None if it was quantized."""
     if container is None:
-        paths = _new(config, model, folder / "model.gguf", _bytes(max_shard_size))
+        return _new(config, model, folder / "model.gguf", _bytes(max_shard_size))
     else:
         names, prefix = names_of(model, architecture_of(container.file))
         state = _state(model)
@@ -40,9 +40,7 @@ def save(
             if name in state:
                 changed |= _changes(container, state[name], entries)
         plain = container.files[0].name if len(container.files) == 1 else "model.gguf"
-        paths = write_like(folder / plain, container.file, changed)
-    config.gguf_file = paths[0].name
-    return paths
+        return write_like(folder / plain, container.file, changed)
 
 
 def _state(model: Any) -> dict[str, Tensor]:

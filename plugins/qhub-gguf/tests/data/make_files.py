@@ -27,6 +27,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
+# llama.cpp calls them to the end.
+CALLBACKS: list[Any] = []
 TEXTS = [
     "The SOFTWARE is provided 'as is', without warranty; see section 12.3 (b) of RFC-2616.\n\n\tint main(void) {}\n",
     "I'll say we've DON'T    stop -- naive cafe 1234567 3.14 1,234 x",
@@ -96,6 +98,7 @@ def mixes(folder: Path, tokenizer: Any) -> None:
 
     log: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda level, text, data: log.append(text.decode(errors="replace")))
+    CALLBACKS.append(callback)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     classes = {"mixtral": "Mixtral", "falcon": "Falcon", "phi3": "Phi3"}
     found: dict[str, Any] = {}

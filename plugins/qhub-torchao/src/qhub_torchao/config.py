@@ -29,6 +29,7 @@ def spec() -> ConfigSpec:
         skip="modules_to_not_convert",
         embeddings=embeddings,
         head=embeddings,
+        untie="untie_embedding_weights",
         presets={
             "int8": {"quant_type": "int8_weight_only"},
             "int4": {"quant_type": "int4_weight_only", "group_size": 64},

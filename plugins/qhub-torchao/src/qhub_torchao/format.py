@@ -41,14 +41,20 @@ class TorchAoFormat(Format):
 
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         settings = settings_for(self.config, layout)
-        found = packed.entries(layout, settings) if _packs(layout, settings) else plain.entries(layout, settings)
+        if settings.storage in _PACKED and isinstance(layout, Affine):
+            found = packed.entries(layout, settings)
+        else:
+            found = plain.entries(layout, settings)
         # AWQ's and SmoothQuant's factors of the input, where one of torchao's prototypes has left them.
         return found if settings.storage == "intx" else {**found, names.ACT_PRE_SCALE: Entry(None, required=False)}
 
     def pack(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         settings = self._settings(layout)
         layout.validate(parts)
-        entries = packed.pack(layout, settings, parts) if _packs(layout, settings) else plain.pack(layout, parts)
+        if settings.storage in _PACKED and isinstance(layout, Affine):
+            entries = packed.pack(layout, settings, parts)
+        else:
+            entries = plain.pack(layout, parts)
         if "in_scale" in parts:
             entries[names.ACT_PRE_SCALE] = parts["in_scale"]
         return entries
@@ -60,7 +66,7 @@ class TorchAoFormat(Format):
             if name in entries:
                 scales = entries[name][..., 0] if name == names.SCALE_AND_ZERO else entries[name]
                 _check_scales(name, scales)
-        if _packs(layout, settings):
+        if settings.storage in _PACKED and isinstance(layout, Affine):
             parts = packed.unpack(layout, settings, entries)
         else:
             layout, parts = plain.unpack(layout, entries)
@@ -93,11 +99,6 @@ class TorchAoFormat(Format):
             return settings_for(self.config, layout)
         except ConfigError as error:
             raise LayoutError(str(error)) from error
-
-
-def _packs(layout: Layout, settings: Settings) -> Any:
-    # Any: settings that pack go with an affine layout.
-    return settings.storage in _PACKED and isinstance(layout, Affine)
 
 
 def _check_scales(name: str, scales: Tensor) -> None:

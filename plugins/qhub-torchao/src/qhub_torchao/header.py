@@ -36,14 +36,10 @@ _HELD = {
 
 def describe(layout: Layout, settings: Settings, dtype: torch.dtype | None) -> dict[str, Any]:
     """Return class, attributes and tensors of a weight; ``dtype``: of the dense weight, None leaves it out."""
-    held = _HELD.get(settings.storage, (QDATA, SCALE, ZERO))
+    held: list[str] = list(_HELD.get(settings.storage, (QDATA, SCALE, ZERO)))
     if layout.transforms:
-        # Optional tensors come first.
-        held = (
-            *(ZERO,) * (held[0] == ZERO),
-            ACT_PRE_SCALE,
-            *(name for name in held if name != ZERO or held[0] != ZERO),
-        )
+        # Optional tensors come first, of which the zeros of int8 are one.
+        held.insert(1 if held[0] == ZERO else 0, ACT_PRE_SCALE)
     attributes = _attributes(layout, settings, dtype)
     if dtype is None:
         attributes.pop("dtype", None)
@@ -59,7 +55,7 @@ def _attributes(layout: Layout, settings: Settings, dtype: torch.dtype | None) -
     said, rounds = json.loads(settings.said), layout.activation.kind != "none"
     kind = _dtype(str(dtype).removeprefix("torch."))
     if settings.storage == "int8":
-        names = ("granularity", "mapping_type", "reduce_range")
+        names: tuple[str, ...] = ("granularity", "mapping_type", "reduce_range")
         inputs = _of("QuantizeTensorToInt8Kwargs", {n: _bare(said[n]) for n in names}) if rounds else None
         return {
             "act_quant_kwargs": inputs, "reduce_range": settings.reduced, "block_size": block, "dtype": kind,

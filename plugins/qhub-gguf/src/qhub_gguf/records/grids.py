@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qhub_gguf.records.fields import spread
 
-__all__ = ["even_signs", "packed", "sign_rows", "vectors"]
+__all__ = ["cells", "entries", "even_signs", "neighbours", "packed", "sign_rows", "vectors"]
 
 # Where a table begins in the file, its entries, numbers in an entry, what a code stands for.
 _TABLES = {
@@ -27,6 +27,8 @@ _TABLES = {
 }
 # IQ1 moves each vector by an eighth up or down: in eighths, entries 2048 and up are those moved down.
 _EIGHTHS = 8
+# How many entries are known to lie near each point of the coarse grid that an argument is rounded to.
+_NEAR = 16
 
 
 @functools.lru_cache(maxsize=32)
@@ -63,3 +65,41 @@ def even_signs(device: torch.device) -> Tensor:
     seven = torch.arange(128, dtype=torch.uint8)
     odd = spread(seven[:, None], 1, 1).sum(-1) % 2
     return (seven | odd.to(torch.uint8) << 7).to(device)
+
+
+def entries(name: str) -> int:
+    """Return how many entries the table ``name`` has."""
+    return _TABLES[name][1] * (2 if name == "iq1" else 1)
+
+
+def _meaning(name: str) -> tuple[int, ...]:
+    """Return the numbers that the table's entries are made of, moves left out."""
+    meaning = _TABLES[name][3]
+    return tuple(_EIGHTHS * value for value in meaning) if name == "iq1" else meaning
+
+
+def cells(name: str, x: Tensor) -> Tensor:
+    """Return for vectors ``x`` (..., dim) float32 the number (...) int32 of the cell that they lie in.
+
+    A cell is what rounds to the same number in each place.
+    """
+    meaning = torch.tensor(_meaning(name), dtype=torch.float32, device=x.device)
+    digits = torch.bucketize(x.contiguous(), (meaning[1:] + meaning[:-1]) / 2, out_int32=True)
+    powers = torch.tensor([len(meaning) ** i for i in range(x.shape[-1])], dtype=torch.float32, device=x.device)
+    return (digits.float() @ powers).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=32)
+def neighbours(name: str, half: int | None, device: torch.device) -> Tensor:
+    """Return for each cell the (cells, 16) int32 numbers of the entries nearest to its middle.
+
+    ``half``: of the first or the second half of the table alone, counted from its start.
+    """
+    table = vectors(name, torch.device("cpu")).float()
+    if half is not None:
+        table = table.chunk(2)[half]
+    meaning = torch.tensor(_meaning(name), dtype=torch.float32)
+    middles = torch.cartesian_prod(*[meaning] * table.shape[1]).flip(-1)
+    # The first number changes fastest: cell = sum of digit * base^place.
+    distances = table.square().sum(-1) - 2 * middles @ table.t()
+    return distances.topk(_NEAR, largest=False).indices.to(torch.int32).to(device)

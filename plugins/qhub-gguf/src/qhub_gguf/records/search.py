@@ -31,16 +31,19 @@ class Vectors(NamedTuple):
     signs: Tensor | None
 
 
-def nearest_vectors(record: LatticeRecord, ratio: Tensor, w: Tensor | None = None) -> Vectors:
-    """Return the vectors of ``record`` near to ``ratio`` (..., weights); ``w``: what each squared error counts."""
+def nearest_vectors(record: LatticeRecord, ratio: Tensor, w: Tensor | None = None, exact: bool = True) -> Vectors:
+    """Return the vectors of ``record`` near to ``ratio`` (..., weights); ``w``: what each squared error counts.
+
+    ``exact``: compare with all entries, not only with those known to lie near.
+    """
     signs = None
     if record.signs is not None:
         signs, ratio = _with_signs(record, ratio, w)
     x = ratio.unflatten(-1, (-1, record.dim))
     w = None if w is None else w.unflatten(-1, (-1, record.dim))
     if record.signs is None and record.width > record.dim:
-        return Vectors(_moved_together(record, x, w), None)
-    return Vectors(_nearest(grids.vectors(record.grid, ratio.device), x, w)[0], signs)
+        return Vectors(_moved_together(record, x, w, exact), None)
+    return Vectors(_nearest(record.grid, x, w, exact)[0], signs)
 
 
 def _with_signs(record: LatticeRecord, ratio: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -59,31 +62,43 @@ def _with_signs(record: LatticeRecord, ratio: Tensor, w: Tensor | None) -> tuple
     return join(negative.to(torch.uint8), 1, 1).squeeze(-1), x.flatten(-2)
 
 
-def _nearest(table: Tensor, x: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the number (...) int32 of the entry nearest to ``x`` (..., dim), and how much it takes off the error."""
-    rows = table.float()
+def _nearest(
+    grid: str, x: Tensor, w: Tensor | None, exact: bool, half: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the number (...) int32 of the entry nearest to ``x`` (..., dim), and how much it takes off the error.
+
+    ``half``: look only at the first or at the second half of the table.
+    """
+    table = grids.vectors(grid, x.device).float()
+    if half is not None:
+        table = table.chunk(2)[half]
+    # |x - v|^2 is least where x.v - |v|^2 / 2 is largest.
     if w is None:
-        # |x - v|^2 is least where x.v - |v|^2 / 2 is largest.
         points = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, 1), value=-0.5)
-        book = torch.cat([rows, rows.square().sum(-1, keepdim=True)], dim=-1).t()
+        book = torch.cat([table, table.square().sum(-1, keepdim=True)], dim=-1)
     else:
         points = torch.cat([w * x, w.expand(x.shape) * -0.5], dim=-1).reshape(-1, 2 * x.shape[-1])
-        book = torch.cat([rows, rows.square()], dim=-1).t()
-    found = [(chunk @ book).max(-1) for chunk in points.split(max(1, _ELEMENTS // rows.shape[0]))]
-    shape = x.shape[:-1]
-    entries = torch.cat([one.indices for one in found]).to(torch.int32).reshape(shape)
-    return entries, torch.cat([one.values for one in found]).reshape(shape)
+        book = torch.cat([table, table.square()], dim=-1)
+    if exact:
+        found = [(chunk @ book.t()).max(-1) for chunk in points.split(max(1, _ELEMENTS // book.shape[0]))]
+        entries = torch.cat([one.indices for one in found])
+        gains = torch.cat([one.values for one in found])
+    else:
+        near = grids.neighbours(grid, half, x.device)
+        candidates = near.index_select(0, grids.cells(grid, x).flatten())
+        rows = book.index_select(0, candidates.flatten()).unflatten(0, candidates.shape)
+        gains, place = torch.bmm(rows, points.unsqueeze(-1)).squeeze(-1).max(-1)
+        entries = candidates.gather(1, place.unsqueeze(-1)).squeeze(-1)
+    return entries.to(torch.int32).reshape(x.shape[:-1]), gains.reshape(x.shape[:-1])
 
 
-def _moved_together(record: LatticeRecord, x: Tensor, w: Tensor | None) -> Tensor:
+def _moved_together(record: LatticeRecord, x: Tensor, w: Tensor | None, exact: bool) -> Tensor:
     """Return entries for ``x`` (..., vectors, dim), those of a run all from one half of the table."""
-    table = grids.vectors(record.grid, x.device)
-    middle = table.shape[0] // 2
-    (up, up_gain), (down, down_gain) = (_nearest(one, x, w) for one in (table[:middle], table[middle:]))
+    (up, up_gain), (down, down_gain) = (_nearest(record.grid, x, w, exact, half) for half in (0, 1))
     per_run = record.group // record.dim
     ups, downs = (gain.unflatten(-1, (-1, per_run)).sum(-1) for gain in (up_gain, down_gain))
     lower = (downs > ups).repeat_interleave(per_run, dim=-1)
-    return torch.where(lower, down + middle, up)
+    return torch.where(lower, down + grids.entries(record.grid) // 2, up)
 
 
 def fit_lattice(record: LatticeRecord, weights: Tensor, importance: Tensor | None) -> Tensor:
@@ -96,7 +111,7 @@ def fit_lattice(record: LatticeRecord, weights: Tensor, importance: Tensor | Non
     record.put_factor(data, factor)
     record.put_levels(data, levels.to(torch.uint8))
     steps, _ = record.steps(data)
-    record.put(data, search.vectors(steps))
+    record.put(data, search.vectors(steps, True))
     return data
 
 
@@ -106,13 +121,14 @@ class _LatticeSearch:
     def __init__(self, record: LatticeRecord, x: Tensor, w: Tensor) -> None:
         self.record, self.x, self.w = record, x, w
 
-    def vectors(self, steps: Tensor) -> Vectors:
+    def vectors(self, steps: Tensor, exact: bool) -> Vectors:
         """Return the nearest vectors under ``steps`` (..., runs)."""
-        return nearest_vectors(self.record, divided(self.x, steps.unsqueeze(-1)).flatten(-2), self.w.flatten(-2))
+        ratio = divided(self.x, steps.unsqueeze(-1)).flatten(-2)
+        return nearest_vectors(self.record, ratio, self.w.flatten(-2), exact)
 
     def _sums(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b (..., runs): a step s takes s (2 a - s b) off the error with the vectors found there."""
-        v = self.record.worth(self.vectors(steps)).unflatten(-1, (-1, self.record.group)).float()
+        v = self.record.worth(self.vectors(steps, False)).unflatten(-1, (-1, self.record.group)).float()
         weighted = self.w * v
         return (weighted * self.x).sum(-1), (weighted * v).sum(-1).clamp_min(_TINY)
 
