@@ -227,9 +227,12 @@ def _read_peer(job: dict[str, Any], folder: Path) -> None:
             state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
             found[f"weight.{prefix}.weight"] = _decompressed(state, _scheme(config, prefix), config.format).contiguous()
     found["count"] = torch.tensor(len(found))
-    # transformers dequantizes fused experts, or fails to; their inputs it rounds in no way.
-    rounded = any(scheme.input_activations is not None for scheme in config.config_groups.values())
-    if not (rounded and "mixtral" in job["model"]):
+    # Fused experts transformers dequantizes in the dtype of their scales, or fails to; their inputs it never rounds.
+    schemes = config.config_groups.values()
+    plain = all(
+        one.input_activations is None and one.weights.type == "int" and one.weights.symmetric for one in schemes
+    )
+    if "mixtral" not in job["model"] or (plain and job["dtype"] == "float32"):
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, **_ways(config), output_loading_info=True)
         wrong = {kind: sorted(keys) for kind, keys in info.items() if keys and kind != "error_msgs"}
         if wrong:

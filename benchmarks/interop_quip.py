@@ -48,7 +48,9 @@ _CASES: dict[str, tuple[str, dict[str, Any], bool, dict[str, Any]]] = {
     "3 bits, sizes of 20 and 36": (
         "Llama", dict(hidden_size=320, intermediate_size=576, num_key_value_heads=4), False, {"codebook": "E8P12RVQ3B"}
     ),
-    "2 bits, biases": ("OPT", dict(hidden_size=128, ffn_dim=256, word_embed_proj_dim=128), False, {"codebook": "E8P12"}),
+    "2 bits, biases": (
+        "OPT", dict(hidden_size=128, ffn_dim=256, word_embed_proj_dim=128), False, {"codebook": "E8P12"}
+    ),
     "3 bits, experts": ("Mixtral", {**_LLAMA, "num_local_experts": 3}, False, {"codebook": "E8P12RVQ3B"}),
 }  # fmt: skip
 _FILES = {

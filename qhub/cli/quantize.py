@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from qhub.cli.loading import (
 )
 from qhub.cli.measure import bits_on_disk, groups_of, layout_text, quantizer_of, skips_by_reason
 from qhub.cli.output import Json, emit, say, size, table, working
-from qhub.errors import ConfigError, PluginError
+from qhub.errors import ConfigError, LossError, PluginError
 
 __all__ = ["make_config", "quantize", "settings_of"]
 
@@ -66,6 +67,12 @@ def quantize(
     batch_size: calibration.BatchSize = None,
     activations: calibration.Activations = None,
     device: calibration.Device = None,
+    written_as: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="METHOD", help="Write the result in another method's format, its numbers unchanged."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model and save it: weights, config, tokenizer, generation config and a model card.
@@ -85,11 +92,14 @@ def quantize(
       qhub quantize org/name -m bitsandbytes --preset nf4 -o ./name-nf4
       qhub quantize ./llama -m hqq --set axis=0 -o ./llama-axis0
       qhub quantize ./llama -m gptq --bits 4 --dataset texts.jsonl -o ./llama-gptq
+      qhub quantize ./llama -m gptq --format compressed-tensors -o ./llama-vllm
     """
     wanted, places = parse_dtype(dtype), parse_device_map(device_map)
     check_target(model, out, overwrite)
     given = {"data": dataset, "samples": samples, "length": length, "batch_size": batch_size, "place": activations}
     chosen = {name: value for name, value in {**given, "device": device}.items() if value is not None}
+    # In the method's own format first; what is written as another's is translated from there.
+    place = out if written_as is None else out.with_name(f"{out.name}.{method}")
     from qhub.integrations.transformers import install
 
     install()
@@ -104,7 +114,7 @@ def quantize(
             say(f"reading {model} and quantizing it with {method}")
             streamed = streams(method, quantization) and method not in registry.handed_back()
             if streamed:
-                loaded = calibration.stream(model, quantization, out, wanted, chosen, overwrite).model
+                loaded = calibration.stream(model, quantization, place, wanted, chosen, overwrite).model
                 if not calibration.leads():
                     return
             else:
@@ -117,14 +127,17 @@ def quantize(
                 f"{method} is handed back to transformers by QHUB_NATIVE: unset it to quantize with the plugin"
             )
         quantized = time.perf_counter() - start
-        say(f"saving to {out}")
+        say(f"saving to {place}")
         if not streamed:
-            loaded.save_pretrained(out, max_shard_size=max_shard_size)
+            loaded.save_pretrained(place, max_shard_size=max_shard_size)
         source = local_folder(model)
-        companions = copy_companions(source, out)
+        companions = copy_companions(source, place)
+        measured = _measured(loaded, source, place)
+        if written_as is not None:
+            measured["bytes_after"] = _translate(place, written_as, out, max_shard_size)
         if push is not None:
             say(f"pushing to {push}")
-            if streamed:
+            if streamed or written_as is not None:
                 _push_folder(out, push, private)
             else:
                 _push(loaded, out, companions, push, private, max_shard_size)
@@ -137,9 +150,27 @@ def quantize(
             "copied": companions,
             "seconds_quantizing": quantized,
             "seconds": time.perf_counter() - start,
-            **_measured(loaded, source, out),
+            "format": written_as or method,
+            **measured,
         }
     emit(as_json, data, *_shown(data))
+
+
+def _translate(place: Path, method: str, out: Path, max_shard_size: str) -> int:
+    """Write the checkpoint in ``place`` into ``out`` as one of ``method``, and remove it; return the new one's bytes.
+
+    What cannot be said in that format raises :class:`LossError`; the checkpoint in its own format is kept then.
+    """
+    from qhub.integrations.transformers.converting import convert
+
+    say(f"translating to {method}")
+    try:
+        report = convert(place, method, out, max_shard_size=max_shard_size)
+    except LossError as error:
+        raise LossError(f"{error}. The quantized model is kept in its own format in {place}") from error
+    say(report.summary())
+    shutil.rmtree(place)
+    return sum(file.stat().st_size for file in weight_files(out))
 
 
 def make_config(method: str, preset: str | None, bits: int | None, group_size: int | None, settings: list[str]) -> Any:

@@ -79,6 +79,15 @@ class Format(ABC):
         """
         return {}
 
+    @property
+    def stacks(self) -> Mapping[str, str]:
+        """Return {ending of a key: local name} of entries that a file may hold for all experts of a fused parameter at
+        once, the experts leading: ``{"_blocks": "weight_blocks"}`` reads and writes ``experts.down_proj_blocks``.
+
+        So are written fused parameters whose experts a model's published checkpoints do not have one by one.
+        """
+        return {}
+
     def check(self, layout: Layout, entries: Mapping[str, Tensor], settings: str) -> None:
         """Raise :class:`LayoutError` unless what :meth:`entries` requires is there, all of the declared shapes and
         dtypes.

@@ -62,6 +62,8 @@ def test_one_process(llama, config, ids, tmp_path):
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.quantization_config.mode == "LOAD"
+    # Elsewhere it would be taken for a quantized one.
+    assert again.config.quantization_config.blocked("lm_head", "Linear")
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 

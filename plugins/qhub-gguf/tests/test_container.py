@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import struct
 import warnings
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_tensors_are_views_of_the_file(data: Path, tmp_path: Path) -> None:
     first.zero_()
     norm, expected = file.tensor("output_norm.weight"), file.tensor("output_norm.weight").clone()
     (tmp_path / "other").write_bytes(b"something else")
-    os.replace(tmp_path / "other", path)
+    (tmp_path / "other").replace(path)
     del file, second
     gc.collect()
     assert torch.equal(norm, expected) and int(first.sum()) == 0
@@ -125,7 +124,7 @@ def test_writing_over_the_source(data: Path, tmp_path: Path) -> None:
     again = GgufFile.open(path)
     assert torch.equal(again.tensor("output_norm.weight"), torch.ones(32))
     assert torch.equal(again.tensor("blk.0.attn_q.weight"), file.tensor("blk.0.attn_q.weight"))
-    assert [name for name in os.listdir(tmp_path)] == ["a.gguf"]
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(CheckpointError, match=r"\['nothing'\]"):
         write_like(path, file, {"nothing": ones})
 
@@ -143,12 +142,14 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=f"'bad'.*{message}"):
             write(path, {}, {"good": good, "bad": bad})
-        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.gguf"]
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(CheckpointError, match="cannot write"):
         write(tmp_path / "missing/a.gguf", {}, {"good": good})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES.values() if kind.dtype is not None], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TYPES.values() if kind.dtype is not None], ids=lambda kind: kind.name
+)
 def test_plain_types(kind: object, tmp_path: Path) -> None:
     dtype = kind.dtype  # type: ignore[attr-defined]
     tensor = torch.arange(6).to(dtype).view(2, 3)
@@ -177,7 +178,9 @@ def test_alignment(alignment: int, tmp_path: Path) -> None:
 
 
 def test_files_without_tensors_and_empty_tensors(tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", {"k": Value.of(Kind.BOOL, True)}, {"none": TensorSource("F32", (0, 4), torch.empty(0, 4))})
+    write(
+        tmp_path / "a.gguf", {"k": Value.of(Kind.BOOL, True)}, {"none": TensorSource("F32", (0, 4), torch.empty(0, 4))}
+    )
     file = GgufFile.open(tmp_path / "a.gguf")
     assert file.tensor("none").shape == (0, 4) and file.get("k") is True
     write(tmp_path / "b.gguf", {}, {})
@@ -212,7 +215,10 @@ _NUMBERS = {
 }
 _SCALARS = st.one_of([st.builds(Value.of, st.just(kind), data) for kind, data in _NUMBERS.items()])
 _ARRAYS = st.one_of(
-    [st.builds(Value.of, st.just(Kind.ARRAY), st.lists(data, max_size=5), st.just(kind)) for kind, data in _NUMBERS.items()]
+    [
+        st.builds(Value.of, st.just(Kind.ARRAY), st.lists(data, max_size=5), st.just(kind))
+        for kind, data in _NUMBERS.items()
+    ]
 )
 
 

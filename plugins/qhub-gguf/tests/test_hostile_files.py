@@ -87,7 +87,10 @@ CASES: dict[str, tuple[bytes, str]] = {
     "a bool of 2": (gguf([entry("k", BOOL, b"\x02")]), "'k' is a bool and holds"),
     "a key twice": (gguf([entry("k", BOOL, b"\x01")] * 2), "the metadata key 'k' twice"),
     "a key that is no text": (gguf([string(b"\xff\xfe") + bytes(9)]), "is not UTF-8"),
-    "an alignment of 0": (gguf([entry("general.alignment", U32, bytes(4))]), "general.alignment must be a power of two"),
+    "an alignment of 0": (
+        gguf([entry("general.alignment", U32, bytes(4))]),
+        "general.alignment must be a power of two",
+    ),
     "an alignment of 24": (
         gguf([entry("general.alignment", U32, struct.pack("<I", 24))]),
         "general.alignment must be a power of two",
@@ -175,9 +178,7 @@ def test_truncated_files(share: float, data: Path, tmp_path_factory: pytest.Temp
 
 @settings(max_examples=150, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_files(
-    changes: list[tuple[int, int]], data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_damaged_files(changes: list[tuple[int, int]], data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any byte of the head may be wrong: the file opens, or one error says what is wrong."""
     content = bytearray((data / "quantized.gguf").read_bytes())
     for place, byte in changes:

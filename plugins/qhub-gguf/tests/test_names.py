@@ -110,7 +110,10 @@ def test_mappings_of_files_that_are_not_right(tiny: Callable[[str], Any]) -> Non
     with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_x\.weight' is none of those"):
         mapping.of_file(["blk.0.attn_x.weight"])
     with pytest.raises(CheckpointError, match="made of 2 tensors"):
-        Entry.assembled(mapping.of_file(["blk.0.ffn_up_exps.weight"])["model.layers.0.mlp.experts.gate_up_proj"], [torch.ones(4, 48, 32)])
+        Entry.assembled(
+            mapping.of_file(["blk.0.ffn_up_exps.weight"])["model.layers.0.mlp.experts.gate_up_proj"],
+            [torch.ones(4, 48, 32)],
+        )
     with pytest.raises(UnsupportedError, match=r"no tensor for 1 parameters.*my_layer"):
         mapping.of_model(["model.embed_tokens.weight", "my_layer.weight"])
     llama = Mapping.for_config(tiny("llama").config)

@@ -36,10 +36,14 @@ class FileTensor:
 
 @dataclass
 class StoredWeight:
-    """Is a quantized matrix in a checkpoint: ``prefix`` and its entries by local name."""
+    """Is a quantized matrix in a checkpoint: ``prefix`` and its entries by local name.
+
+    ``stacked``: it is those of all experts of a fused parameter, leading in every entry.
+    """
 
     prefix: str
     entries: dict[str, FileTensor]
+    stacked: bool = False
 
 
 def read_headers(files: Iterable[str]) -> dict[str, FileTensor]:
@@ -98,14 +102,24 @@ def sort_entries(headers: dict[str, FileTensor], fmt: Format) -> tuple[dict[str,
     names = sorted(fmt.names, key=len, reverse=True)
     groups: dict[str, dict[str, FileTensor]] = {}
     homes: dict[str, tuple[str, str]] = {}
+    stacked: set[str] = set()
     for key, tensor in headers.items():
+        ending = next((ending for ending in fmt.stacks if key.endswith(ending)), None)
+        if ending is not None:
+            prefix, name = key.removesuffix(ending), fmt.stacks[ending]
+            stacked.add(prefix)
+            groups.setdefault(prefix, {})[name] = tensor
+            homes[key] = (prefix, name)
+            continue
         for name in names:
             if key.endswith(f".{name}"):
                 prefix = key[: -len(name) - 1]
                 groups.setdefault(prefix, {})[name] = tensor
                 homes[key] = (prefix, name)
                 break
-    stored = {p: StoredWeight(p, entries) for p, entries in groups.items() if fmt.markers & set(entries)}
+    stored = {
+        p: StoredWeight(p, entries, p in stacked) for p, entries in groups.items() if fmt.markers & set(entries)
+    }
     dense = {key: tensor for key, tensor in headers.items() if key not in homes or homes[key][0] not in stored}
     return stored, dense
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qhub.errors import ConfigError, UnsupportedError
+from qhub.errors import CheckpointError, ConfigError, UnsupportedError
 from qhub.formats.shards import ShardWriter
 from qhub.integrations.transformers.conversion import Conversion
 from qhub.integrations.transformers.folders import copy_companions
@@ -19,6 +20,8 @@ from qhub.integrations.transformers.sources import Source
 from qhub.registry import registry
 
 __all__ = ["DENSE", "byte_count", "quantize_anew", "write_config", "write_dense"]
+
+logger = logging.getLogger("qhub")
 
 # The target that is no method: weights as numbers.
 DENSE = "dense"
@@ -65,7 +68,10 @@ def write_config(source: Source, config: Any, staging: Path) -> None:
     if source.container is not None and not (staging / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source.folder, gguf_file=source.container).save_pretrained(staging)
+        try:
+            AutoTokenizer.from_pretrained(source.folder, gguf_file=source.container).save_pretrained(staging)
+        except CheckpointError as error:
+            logger.warning("the new checkpoint gets no tokenizer: %s", error)
 
 
 def quantize_anew(

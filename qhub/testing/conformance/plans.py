@@ -15,6 +15,7 @@ from qhub.calibration.statistics import neutral
 from qhub.errors import LayoutError
 from qhub.layouts import Layout, Transform
 from qhub.plan import LayerPlan, WeightInfo
+from qhub.quantizing import Quantization
 from qhub.registry import registry
 from qhub.testing.conformance.subject import KitBase, Subject
 from qhub.testing.conformance.workbench import Workbench, quantized_weights
@@ -144,9 +145,7 @@ class PlanChecks(KitBase):
         before = weight.clone()
         parsed = bench.parse(bench.configs[config])
         with torch.no_grad():
-            parts = registry.call(
-                self.method, "qhub_quantize", config=parsed, weight=weight, layout=planned.layout, statistics=statistics
-            )
+            parts = Quantization(self.method, parsed).parts(weight, planned.layout, statistics)
         assert torch.equal(weight, before), "qhub_quantize wrote into the weight it was given"
         for name, value in given.items():
             # Layers with a common input get the same tensors.

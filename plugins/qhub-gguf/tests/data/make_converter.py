@@ -1,7 +1,8 @@
 """Writes converter.json: what llama.cpp's own converter makes of the tiny models of tiny_models.py.
 
-Run with a checkout of llama.cpp (its folder as the argument) and its gguf-py, torch and transformers installed. For each
-model: the hyperparameters it writes, and for each tensor its shape and the beginning of the SHA-256 of its float32 bytes.
+Run with a checkout of llama.cpp (its folder as the argument) and its gguf-py, torch and transformers installed. For
+each model: the hyperparameters it writes, and for each tensor its shape and the beginning of the SHA-256 of its
+float32 bytes.
 """
 
 from __future__ import annotations

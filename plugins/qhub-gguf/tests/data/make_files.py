@@ -133,7 +133,9 @@ def dry_run(path: Path, number: int, importance: bool, log: list[str]) -> dict[s
     log.clear()
     if llama_cpp.llama_model_quantize(bytes(path), b"/dev/null", ctypes.byref(parameters)):
         return {}
-    line = re.compile(r"\]\s+(\S+)\s+- \[[^\]]*\], type =\s+(\S+),\s*(?:size =\s+[\d.]+ MiB(?: ->\s+[\d.]+ MiB \((\S+)\))?)?")
+    line = re.compile(
+        r"\]\s+(\S+)\s+- \[[^\]]*\], type =\s+(\S+),\s*(?:size =\s+[\d.]+ MiB(?: ->\s+[\d.]+ MiB \((\S+)\))?)?"
+    )
     return {match[1]: (match[3] or match[2]).upper() for match in line.finditer("".join(log))}
 
 

@@ -33,7 +33,12 @@ _T5: dict[str, Any] = dict(
 _LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
-_LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0], original_max_position_embeddings=32)  # fmt: skip
+_LONG = dict(
+    rope_type="longrope",
+    short_factor=[1.0] * 4,
+    long_factor=[1.0, 2.0, 3.0, 4.0],
+    original_max_position_embeddings=32,
+)
 
 # Name -> (class, config class, what the config has besides or instead of _BASE).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -55,9 +60,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
-        dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"]),
+        dict(
+            head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"]
+        ),
     ),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", "MiniMaxM2Config", dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8)),
+    "minimax_m2": (
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM2Config",
+        dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
+    ),
     "lfm2": (
         "Lfm2ForCausalLM",
         "Lfm2Config",
@@ -124,8 +135,8 @@ def build(name: str) -> Any:
 
 
 def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return numbers that depend on ``name`` alone and are multiples of 2^-10, so that adding 1 to them is exact: near 0,
-    and near 1 for norms."""
+    """Return numbers that depend on ``name`` alone and are multiples of 2^-10, so that adding 1 to them is exact: near
+    0, and near 1 for norms."""
     seed = zlib.crc32(name.encode())
     count = int(torch.tensor(shape).prod())
     mixed = (torch.arange(count, dtype=torch.int64) * 2654435761 + seed * 40503) % 65537 % 401

@@ -21,14 +21,13 @@ _BY_BITS = {8: "int8_weight_only", 4: "int4_weight_only"}
 
 def spec() -> ConfigSpec:
     """Return the description of TorchAoConfig, for the files of every release of transformers."""
-    embeddings = "include_input_output_embeddings"
     return ConfigSpec(
         cls="qhub_torchao.torchao_config:TorchAoConfig",
         keys=ARGUMENTS | {"quant_type_kwargs", "include_embedding"},
         check=check,
         skip="modules_to_not_convert",
-        embeddings=embeddings,
-        head=embeddings,
+        embeddings="takes_tables",
+        head="include_input_output_embeddings",
         untie="untie_embedding_weights",
         presets={
             "int8": {"quant_type": "int8_weight_only"},

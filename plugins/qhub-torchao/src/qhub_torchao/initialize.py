@@ -71,6 +71,14 @@ def to_dict(self: Any) -> dict[str, Any]:
     return {**values, "quant_type": {"default": complete(encoded(self.quant_type))}}
 
 
+def takes_tables(self: Any) -> bool:
+    """Return whether embeddings may be quantized: where that is asked for, or where a FqnToConfig may name them."""
+    from qhub_torchao.kinds import complete, parts_of
+    from qhub_torchao.words import encoded
+
+    return self.include_input_output_embeddings or parts_of(complete(encoded(self.quant_type))) is not None
+
+
 def from_dict(cls: type, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
     """Return a config from what a ``config.json`` holds, of any release of transformers."""
     values = {name: value for name, value in config_dict.items() if name != "quant_method"}
@@ -89,4 +97,5 @@ def stand_in(module: ModuleType) -> None:
     cls.__init__ = initialize
     cls.post_init = lambda self: None
     cls.to_dict = to_dict
+    cls.takes_tables = property(takes_tables)
     cls.from_dict = classmethod(from_dict)

@@ -27,7 +27,7 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     known: dict[Layout, tuple[str, Settings]] = {}
     misfits = []
     for weight in weights:
-        settings = settings_named(weight, by_name)
+        settings = settings_named(weight, by_name, config.include_input_output_embeddings)
         if isinstance(settings, Skip):
             plans[weight.name] = settings
             continue
@@ -57,8 +57,8 @@ def _numbers(settings: Settings) -> Settings:
     return dataclasses.replace(settings, grain=dataclasses.replace(settings.grain, kind="tensor", sizes=()))
 
 
-def settings_named(weight: WeightInfo, by_name: Mapping[str, Settings | None]) -> Settings | Skip:
-    """Return the settings of ``weight``, or why there are none.
+def settings_named(weight: WeightInfo, by_name: Mapping[str, Settings | None], tables: bool) -> Settings | Skip:
+    """Return the settings of ``weight``, or why there are none; ``tables``: what is not named goes for embeddings too.
 
     The parameter's name wins over the module's, both over patterns (``"re:..."``, the first that matches), and these
     over ``"_default"``. Source: transformers 5.23, ``TorchAoQuantize.convert`` (integrations/torchao.py).
@@ -70,6 +70,8 @@ def settings_named(weight: WeightInfo, by_name: Mapping[str, Settings | None]) -
     key = _key(weight, by_name)
     if key is None:
         return Skip("no name of FqnToConfig fits it")
+    if weight.kind == "embedding" and key == "_default" and not tables:
+        return Skip("'_default' of FqnToConfig is for linear layers: set include_input_output_embeddings or name it")
     settings = by_name[key]
     return settings if settings is not None else Skip(f"{key!r} is None in FqnToConfig")
 

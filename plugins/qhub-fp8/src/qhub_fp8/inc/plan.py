@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -98,6 +99,15 @@ def _input_scale(config: FP8Config, statistics: Mapping[str, Tensor]) -> Tensor:
     seen = int(statistics["tokens"]) if "tokens" in statistics else 0
     largest = statistics["max_abs"].max() if seen and "max_abs" in statistics else torch.zeros(())
     return scale_of_input(largest.float(), config.method.activation, config.codes, config.device, config.dtype)
+
+
+def record(config: FP8Config, stored: Mapping[str, Layout], dense: Sequence[str]) -> None:
+    """Let ``config`` say what a file holds: that it is to be loaded, and on the blocklist every linear layer that is
+    ``dense``; the library itself would take it for a quantized one."""
+    config.mode = "LOAD"
+    for module in dense:
+        if config.blocked(module, "Linear") is None:
+            config.blocklist["names"].append(f"^{re.escape(module)}$")
 
 
 def merge_policy(config: FP8Config) -> AdapterPolicy:

@@ -23,12 +23,14 @@ def qhub_config() -> ConfigSpec:
     """Describe FP8Config."""
     from qhub.config import ConfigSpec
     from qhub_fp8.inc.config import _ALIASES, _NOISE, FP8Config
+    from qhub_fp8.inc.plan import record
 
     return ConfigSpec(
         cls=FP8Config,
         keys=_NOISE | frozenset(_ALIASES),
         skip="modules_to_not_convert",
         head="quantizes_head",
+        record=record,
         presets={
             "maxabs-hw": {"scale_method": "maxabs_hw"},
             "maxabs-pow2": {"scale_method": "maxabs_pow2"},

@@ -103,9 +103,12 @@ class SixBits(SuperRecord):
     halves, levels_low, levels_high = (0, 2), 0, 63
 
     def levels(self, data: Tensor) -> Levels:
-        first, second, rest = (data[..., start : start + 4] for start in (4, 8, 12))
-        steps = torch.cat([first & 63, rest & 15 | first >> 6 << 4], dim=-1)
-        return Levels(steps, torch.cat([second & 63, rest >> 4 | second >> 6 << 4], dim=-1))
+        # Four bytes at a time: the twelve are three words, the last with four bits of each upper one.
+        words = data[..., 4:16].clone(memory_format=torch.contiguous_format).view(torch.int32)
+        first, second, rest = words.unbind(-1)
+        steps = [first & 0x3F3F3F3F, rest & 0x0F0F0F0F | first >> 2 & 0x30303030]
+        offsets = [second & 0x3F3F3F3F, rest >> 4 & 0x0F0F0F0F | second >> 2 & 0x30303030]
+        return Levels(*(torch.stack(pair, dim=-1).view(torch.uint8) for pair in (steps, offsets)))
 
     def put_levels(self, data: Tensor, levels: Levels) -> None:
         assert levels.offsets is not None
