@@ -63,6 +63,10 @@ def convert(
     check_target(source, out, overwrite)
     options = settings_of(settings or [])
     with working():
+        from qhub.integrations.transformers import install
+
+        # Before the quantizer's module is imported: see streaming.py.
+        install()
         from qhub.integrations.transformers.converting import convert as run
 
         say(f"converting {source} to {to}")

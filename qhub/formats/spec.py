@@ -88,6 +88,18 @@ class Format(ABC):
         """
         return {}
 
+    @property
+    def stack_lead(self) -> str:
+        """Return what stands before the parameter's name in the keys of :attr:`stacks` (``_`` for
+        ``experts._down_proj_blocks``)."""
+        return ""
+
+    @property
+    def always_stacks(self) -> bool:
+        """Return whether fused parameters are written stacked although published checkpoints have experts one by
+        one."""
+        return False
+
     def check(self, layout: Layout, entries: Mapping[str, Tensor], settings: str) -> None:
         """Raise :class:`LayoutError` unless what :meth:`entries` requires is there, all of the declared shapes and
         dtypes.

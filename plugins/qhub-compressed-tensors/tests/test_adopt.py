@@ -208,7 +208,8 @@ def test_a_config_may_have_the_files_names() -> None:
 
     config = spec().parse({"config_groups": {"W8A8": ["re:language_model.*"]}, "ignore": ["visual.x"]})
     infos = [
-        WeightInfo(f"model.{name}.weight", 64, 128, torch.float32, stored=name) for name in ("language_model.a", "visual.x")
+        WeightInfo(f"model.{name}.weight", 64, 128, torch.float32, stored=name)
+        for name in ("language_model.a", "visual.x")
     ]
     plans = plan(config, infos)
     assert isinstance(plans["model.language_model.a.weight"], LayerPlan)

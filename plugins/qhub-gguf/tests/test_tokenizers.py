@@ -80,12 +80,16 @@ def test_entries(data: Path, tmp_path: Path) -> None:
     assert entries["tokenizer.chat_templates"].data == ["tool_use"]
 
 
-def test_a_file_with_merges_and_no_flags(data: Path, tmp_path: Path) -> None:
-    """SentencePiece's vocabulary gets a beginning of text where the file says nothing."""
-    file = save(load(data, "sentencepiece"), tmp_path / "a.gguf")
+@pytest.mark.parametrize(
+    ("name", "begins"), [("sentencepiece", 1), ("llama-bpe", 0), ("tekken", 0), ("qwen2", None), ("gpt-2", None)]
+)
+def test_files_that_do_not_say_what_surrounds_a_text(name: str, begins: int | None, data: Path, tmp_path: Path) -> None:
+    """llama.cpp assumes a beginning for SentencePiece, Llama 3 and Tekken."""
+    file = save(load(data, name), tmp_path / "a.gguf")
     metadata = {key: value for key, value in file.metadata.items() if not key.endswith("add_bos_token")}
     write(tmp_path / "b.gguf", metadata, {})
-    assert tokenizer_of(GgufFile.open(tmp_path / "b.gguf"))[0].encode("a").ids[0] == 1
+    first = tokenizer_of(GgufFile.open(tmp_path / "b.gguf"))[0].encode("a").ids[0]
+    assert (first == begins) is (begins is not None)
 
 
 def test_what_llama_cpp_does_not_have(data: Path) -> None:

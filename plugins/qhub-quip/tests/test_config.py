@@ -96,7 +96,6 @@ def test_the_layout() -> None:
         grid=Grid("block", 64, 128),
         shared=True,
         folded=(0.25,),
-        divisors=(1.0,),
         transforms=(
             Transform("scale", "in"),
             Transform("hadamard", "in"),
@@ -112,7 +111,7 @@ def test_the_layout() -> None:
         ({"codebook": "E8P12RVQ4B"}, (1.0, 3.45)),
         ({"codebook": "E8P12RVQ3B"}, (1.0, 2.04)),
         ({"codebook": "E8P12RVQ4B", "resid_scale_override": 4}, (1.0, 4.0)),
-        ({"codebook": "E8P12", "resid_scale_override": 4}, (1.0,)),
+        ({"codebook": "E8P12", "resid_scale_override": 4}, ()),
     ],
 )
 def test_the_residual_is_divided(values: dict[str, Any], divisors: tuple[float, ...]) -> None:

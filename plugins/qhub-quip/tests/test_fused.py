@@ -142,6 +142,18 @@ def test_copies_and_generation_work(fused: tuple[Path, Path]) -> None:
     assert made.shape == (1, 12)
 
 
+def test_pieces_compile_and_work_without_gradients_and_with_checkpointing(fused: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(fused[0], dtype=torch.float32)
+    expected = _logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(_logits(compiled), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS).logits, expected)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+
+
 def test_dequantizing_gives_the_models_own_layers(fused: tuple[Path, Path], tmp_path: Path) -> None:
     released, dense = fused
     model = AutoModelForCausalLM.from_pretrained(released, dtype=torch.float32).dequantize()

@@ -150,6 +150,25 @@ def test_embeddings_have_no_inputs_to_round() -> None:
     assert _planned(config, _weight("embed", kind="embedding")).layout.activation == Activation()
 
 
+def test_which_tables_a_fqn_to_config_means() -> None:
+    """A name or a pattern is enough for embeddings; what is left over goes for linear layers, unless asked for."""
+    eight = {"_type": "Int8WeightOnlyConfig", "_data": {}}
+    table = _weight("model.embed_tokens", kind="embedding")
+    for names, asked, quantized in [
+        ({"model.embed_tokens": eight}, False, True),
+        ({"re:.*embed.*": eight}, False, True),
+        ({"_default": eight}, False, False),
+        ({"_default": eight}, True, True),
+        ({"re:.*proj": eight}, True, False),
+    ]:
+        values = {"_type": "FqnToConfig", "_data": {"fqn_to_config": names}}
+        config = spec().parse({"quant_type": values, "include_input_output_embeddings": asked})
+        assert config.takes_tables
+        found = plan(config, [table, _weight("model.q_proj")])["model.embed_tokens.weight"]
+        assert isinstance(found, LayerPlan) == quantized
+    assert not TorchAoConfig("int8_weight_only").takes_tables
+
+
 def test_two_configs_for_one_layout() -> None:
     """Where the layout cannot tell which of two configs a weight has, no file could either."""
     data = {"weight_dtype": "int4", "mapping_type": "SYMMETRIC"}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from qhub_torchao import header
 from qhub_torchao.config import spec
 from qhub_torchao.format import TorchAoFormat
@@ -109,6 +111,20 @@ def test_tiles_hold_the_codes_where_the_kernel_wants_them() -> None:
         values = [int(codes[row * 8 + lane // 4, column]) for column in columns]
         word = sum(values[source] << (4 * place) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
         assert int(tiles[row, outer, lane, inner]) & 0xFFFFFFFF == word
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_tiles_hold_every_code_once(rows: int, columns: int, seed: int) -> None:
+    """to_tiles and from_tiles undo each other; codes of nothing but one 15 fill one nibble."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (8 * rows, 128 * columns), generator=generator, dtype=torch.uint8)
+    assert torch.equal(from_tiles(to_tiles(codes)), codes)
+    single = torch.zeros_like(codes)
+    single[seed % codes.shape[0], seed % codes.shape[1]] = 15
+    words = to_tiles(single).flatten().tolist()
+    (word,) = [one & 0xFFFFFFFF for one in words if one]
+    assert word in [15 << (4 * place) for place in range(8)]
 
 
 def test_zeros_that_the_config_does_not_have(cases: dict[str, Any]) -> None:

@@ -104,22 +104,21 @@ def sort_entries(headers: dict[str, FileTensor], fmt: Format) -> tuple[dict[str,
     homes: dict[str, tuple[str, str]] = {}
     stacked: set[str] = set()
     for key, tensor in headers.items():
-        ending = next((ending for ending in fmt.stacks if key.endswith(ending)), None)
-        if ending is not None:
-            prefix, name = key.removesuffix(ending), fmt.stacks[ending]
-            stacked.add(prefix)
-            groups.setdefault(prefix, {})[name] = tensor
-            homes[key] = (prefix, name)
-            continue
         for name in names:
             if key.endswith(f".{name}"):
                 prefix = key[: -len(name) - 1]
                 groups.setdefault(prefix, {})[name] = tensor
                 homes[key] = (prefix, name)
                 break
-    stored = {
-        p: StoredWeight(p, entries, p in stacked) for p, entries in groups.items() if fmt.markers & set(entries)
-    }
+        else:
+            ending = next((ending for ending in fmt.stacks if key.endswith(ending)), None)
+            owner, _, leaf = key.rpartition(".")
+            if ending is not None and leaf.startswith(fmt.stack_lead):
+                prefix = f"{owner}.{leaf.removeprefix(fmt.stack_lead).removesuffix(ending)}"
+                stacked.add(prefix)
+                groups.setdefault(prefix, {})[fmt.stacks[ending]] = tensor
+                homes[key] = (prefix, fmt.stacks[ending])
+    stored = {p: StoredWeight(p, entries, p in stacked) for p, entries in groups.items() if fmt.markers & set(entries)}
     dense = {key: tensor for key, tensor in headers.items() if key not in homes or homes[key][0] not in stored}
     return stored, dense
 

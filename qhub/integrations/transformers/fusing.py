@@ -71,9 +71,14 @@ class Piece(nn.Module):
         self.in_features, self.out_features = getattr(owner, name).in_features, stop - start
 
     @property
-    def whole(self) -> nn.Module:
+    def owner(self) -> nn.Module:
+        """Return the module that has both this piece and the whole."""
+        return self.__dict__["_owner"][0]
+
+    @property
+    def whole(self) -> Any:
         """Return the layer that this is a piece of: as it is now, an adapter may have been put around it."""
-        return getattr(self._owner[0], self._whole)
+        return getattr(self.owner, self._whole)
 
     @property
     def scale(self) -> Tensor | None:
@@ -141,14 +146,13 @@ def _fuse(owner: nn.Module, name: str, fusion: Fusion, members: list[nn.Linear])
 def undo_fused(model: nn.Module) -> None:
     """Put dense linear layers in the place of pieces, and take away the wholes; these are dense already."""
     wholes: dict[nn.Module, set[str]] = {}
-    for prefix, piece in [(p, m) for p, m in model.named_modules() if isinstance(m, Piece)]:
-        whole, scale = piece.whole, piece.scale
-        weight: Any = whole.weight[piece.start : piece.stop]
+    for prefix, piece in [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, Piece)]:
+        scale, weight = piece.scale, piece.whole.weight[piece.start : piece.stop]
         plain = nn.Linear(piece.in_features, piece.out_features, bias=False, device="meta")
         dense = weight.detach().clone() if scale is None else weight.detach() * scale.to(weight)
         plain.weight = nn.Parameter(dense, requires_grad=False)
         model.set_submodule(prefix, plain.train(piece.training))
-        wholes.setdefault(piece._owner[0], set()).add(piece._whole)
+        wholes.setdefault(piece.owner, set()).add(piece._whole)
     for owner, names in wholes.items():
         for name in names:
             delattr(owner, name)

@@ -198,7 +198,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         head = model.get_output_embeddings()
         names = {name for name, module in model.named_modules() if module is head}
         if any(f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}) for name in names):
-            if self._takes_embeddings():
+            if self._takes_embeddings() or self.container is not None:
                 return set()
             raise ConfigError(
                 f"{self.spec.head}=True: the output head of this {type(model).__name__} is its embedding (tied), which "

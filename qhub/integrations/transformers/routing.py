@@ -100,7 +100,11 @@ def find_routes(
         rows = info.out_features
         if converter is not None and any(isinstance(op, host.Concatenate) for op in converter.operations):
             rows //= len(converter.source_patterns)
-        single = replace(info, name=target if info.experts is None and converter is None else f"{prefix}.weight")
+        if stored[prefix].stacked and (info.experts is None or converter is not None):
+            problems.append(f"{prefix} is stored as the experts of a mixture, {target} of the model is none")
+            continue
+        whole = (info.experts is None and converter is None) or stored[prefix].stacked
+        single = replace(info, name=target if whole else f"{prefix}.weight")
         single = replace(single, out_features=rows, experts=None, transposed=False, stored=prefix)
         route.sources.append(Source(stored[prefix], single, pattern))
     for route in routes.values():
@@ -131,6 +135,8 @@ def _adds_nothing(tensor: FileTensor, stored: Mapping[str, StoredWeight], names:
 
 
 def _matrices(route: Route) -> int:
+    if any(source.weight.stacked for source in route.sources):
+        return 1
     experts = route.target.experts or 1
     return experts * (len(route.converter.source_patterns) if route.converter is not None else 1)
 
@@ -289,7 +295,8 @@ class Router(ExactConversion):
     def _join(self, route: Route, matrices: dict[str | None, list[Any]], name: str, model: Any, config: Any) -> Any:
         if route.converter is None:
             (column,) = matrices.values()
-            value = torch.stack(column) if route.target.experts is not None else column[0]
+            one_by_one = route.target.experts is not None and not route.sources[0].weight.stacked
+            value = torch.stack(column) if one_by_one else column[0]
             return value.transpose(-1, -2) if route.target.transposed else value
         steps: Any = {pattern: matrices[pattern] for pattern in route.converter.source_patterns}
         for operation in route.converter.operations:
@@ -338,7 +345,14 @@ def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, meth
                 continue
             source.plan = planned
             layouts[source.info.name] = planned.layout
-            problems += check_entries(source.weight, dict(fmt.entries(planned.layout)), method)
+            expected = dict(fmt.entries(planned.layout))
+            if source.weight.stacked:
+                count = (route.target.experts or 1,)
+                expected = {
+                    name: entry if entry.shape is None else replace(entry, shape=count + entry.shape)
+                    for name, entry in expected.items()
+                }
+            problems += check_entries(source.weight, expected, method)
     files = {tensor.file for route in routes for source in route.sources for tensor in source.weight.entries.values()}
     problems += fmt.check_metadata(read_metadata(sorted(files)), layouts)
     if problems:
@@ -348,11 +362,18 @@ def plan_sources(routes: list[Route], plan: Mapping[str, Any], fmt: Format, meth
 def build_weight(
     source: Source, entries: dict[str, Tensor], dtype: torch.dtype, fmt: Format, policy: AdapterPolicy | None
 ) -> QuantizedTensor:
-    """Return the quantized matrix that the file ``entries`` of ``source`` hold.
+    """Return the quantized matrix, or the stack of them, that the file ``entries`` of ``source`` hold.
 
     Raises :class:`CheckpointError` naming the weight and its file when values are impossible.
     """
     assert source.plan is not None
+    if source.weight.stacked:
+        alone = replace(source, weight=replace(source.weight, stacked=False))
+        experts = [
+            build_weight(alone, dict(zip(entries, own, strict=True)), dtype, fmt, policy)
+            for own in zip(*(entry.unbind() for entry in entries.values()), strict=True)
+        ]
+        return torch.stack(experts)  # type: ignore[arg-type, return-value]
     try:
         layout, parts = fmt.unpack(source.plan.layout, entries)
         weight = QuantizedTensor.build(layout, parts, dtype, compute_dtype=source.plan.compute_dtype, policy=policy)

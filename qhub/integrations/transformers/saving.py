@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import core_model_loading as host
 
-from qhub.errors import CheckpointError, UnsupportedError
+from qhub.errors import CheckpointError, PluginError, UnsupportedError
 from qhub.formats import Format
 from qhub.integrations.transformers.headers import sort_metadata
 from qhub.integrations.transformers.recording import record_config
@@ -70,7 +70,12 @@ def entries_of_model(
     written: set[int] = set()
     stored: dict[str, tuple[Layout, torch.dtype]] = {}
     for name, weight in quantized.items():
-        matrices = matrices_of(model, name, weight, original_names)
+        whole = weight.ndim > 2 and fmt.always_stacks
+        matrices = matrices_of(model, name, weight, original_names and not whole)
+        if fmt.stacks and set(matrices) == {f"{name}.{index}" for index in range(len(matrices))}:
+            stored[name] = weight.quant_layout, weight.dtype
+            result |= _stacked(name, list(matrices.values()), fmt)
+            continue
         for prefix, matrix in matrices.items():
             if matrix.transposed:
                 matrix = matrix.t()  # type: ignore[assignment]
@@ -83,6 +88,20 @@ def entries_of_model(
     if only is None:
         result |= getattr(model.hf_quantizer, "passengers", {})
     return result, fmt.metadata(stored, dense)
+
+
+def _stacked(name: str, matrices: list[QuantizedTensor], fmt: Format) -> dict[str, Tensor]:
+    """Return the entries of all experts of the parameter ``name``, each in one tensor."""
+    packed = []
+    for matrix in matrices:
+        plain = matrix.t() if matrix.transposed else matrix
+        packed.append(fmt.pack(plain.quant_layout, plain.parts, plain.dtype))  # type: ignore[attr-defined]
+    owner, _, leaf = name.rpartition(".")
+    return {
+        f"{owner}.{fmt.stack_lead}{leaf}{ending}": torch.stack([one[local] for one in packed])
+        for ending, local in fmt.stacks.items()
+        if local in packed[0]
+    }
 
 
 def _offloaded(model: Any, name: str) -> QuantizedTensor:
@@ -153,15 +172,21 @@ def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
     """Write the model into ``folder`` as its method's own kind of file, and beside it the config that names that."""
     quantizer = model.hf_quantizer
     config = quantizer.quantization_config
-    files = registry.call(
-        quantizer.method,
-        "qhub_save",
-        config=config,
-        model=model,
-        folder=folder,
-        container=quantizer.container,
-        max_shard_size=max_shard_size,
-    )
+    try:
+        files = registry.call(
+            quantizer.method,
+            "qhub_save",
+            config=config,
+            model=model,
+            folder=folder,
+            container=quantizer.container,
+            max_shard_size=max_shard_size,
+        )
+    except PluginError as error:
+        if isinstance(error.__cause__, OSError):
+            # A full disk is no fault of the plugin.
+            raise error.__cause__ from None
+        raise
     described = copy.deepcopy(model.config)
     described.architectures = [type(model).__name__]
     described.dtype = dtype_name(model.dtype)

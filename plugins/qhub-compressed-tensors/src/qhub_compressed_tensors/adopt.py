@@ -61,7 +61,7 @@ def _config(values: Mapping[str, dict[str, Any]], members: Mapping[str, list[str
     from qhub_compressed_tensors.ct_config import CompressedTensorsConfig
 
     ordered = sorted(members, key=lambda key: -len(members[key]))
-    groups = {
+    groups: dict[str, Any] = {
         f"group_{index}": {
             "targets": ["Linear"] if index == 0 else expressions(members[key]), **values[key],
         }
@@ -123,11 +123,9 @@ def _integers(layout: Affine, ordered: bool) -> dict[str, Any] | Skip:
     middle = 0.0 if layout.signed else 2.0 ** (layout.bits - 1)
     symmetric = layout.zero == "constant" and layout.zero_point == middle
     whole = run == layout.in_features
-    weights = numbers(
-        layout.bits, "int", "channel" if whole else "group",
-        **({} if whole else {"group_size": run}), **({"actorder": "group"} if ordered else {}),
-    )  # fmt: skip
-    return {**weights, "symmetric": symmetric}
+    weights = {**numbers(layout.bits, "int", "channel" if whole else "group"), "symmetric": symmetric}
+    weights |= {} if whole else {"group_size": run}
+    return {**weights, "actorder": "group"} if ordered else weights
 
 
 def _float8(layout: Float8) -> dict[str, Any] | Skip:
@@ -145,7 +143,7 @@ def _float8(layout: Float8) -> dict[str, Any] | Skip:
     run = _run(grid, k)
     if isinstance(run, Skip):
         return run
-    powers = {"scale_dtype": "torch.uint8"} if run == 32 else {}
+    powers: dict[str, Any] = {"scale_dtype": "torch.uint8"} if run == 32 else {}
     return numbers(8, "float", "group", group_size=run, **powers)
 
 
@@ -171,7 +169,7 @@ def _inputs(activation: Activation) -> dict[str, Any] | None:
         return None
     strategy = {"row": "token", "tensor": "tensor"}.get(activation.granularity, "group")
     kind = "int" if activation.kind == "int8" else "float"
-    size = {"group_size": activation.group} if activation.group else {}
+    size: dict[str, Any] = {"group_size": activation.group} if activation.group else {}
     if activation.kind == "float4":
         if (activation.group, activation.scale_format) == (16, "e4m3fn"):
             scales = "torch.float8_e4m3fn"

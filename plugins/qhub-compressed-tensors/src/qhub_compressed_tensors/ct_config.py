@@ -15,6 +15,8 @@ __all__ = ["CompressedTensorsConfig"]
 class CompressedTensorsConfig(quantization_config.CompressedTensorsConfig):
     """Holds the keys of a ``config.json`` under their own names; see :func:`qhub_compressed_tensors.initialize`."""
 
+    config_groups: dict[str, Any] | None
+
     for _name, _method in METHODS.items():
         locals()[_name] = _method
     del _name, _method

@@ -100,6 +100,7 @@ def numbers_of(values: Any, where: str) -> Numbers:
     unknown = sorted(set(values) - _KEYS)
     if unknown:
         raise ConfigError(f"{where}: unknown keys {unknown}; correct the spelling, or update the plugin")
+    kind: Any
     bits, kind, group = values.get("num_bits", 8), values.get("type", "int"), values.get("group_size")
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind not in ("int", "float"):
@@ -163,7 +164,7 @@ def check_patterns(patterns: Any, where: str) -> None:
 def _strategy(strategy: Any, group: int | None, where: str) -> Strategy:
     if strategy is None:
         return "tensor" if group is None else "channel" if group == -1 else "group"
-    name = strategy.lower() if isinstance(strategy, str) else strategy
+    name: Any = strategy.lower() if isinstance(strategy, str) else strategy
     if name not in _STRATEGIES:
         raise ConfigError(f"{where}: strategy={strategy!r}, it is one of {_STRATEGIES}")
     return name

@@ -4,6 +4,8 @@ Entries, named as gpt-oss files name them (transformers 5.23, integrations/mxfp4
 
     weight_blocks  uint8 (N, K / 32, 16): codes, low nibble first
     weight_scales  uint8 (N, K / 32): exponents, 127 is 1
+
+and of fused experts ``gate_up_proj`` in one tensor each, the experts leading: ``gate_up_proj_blocks``, ``..._scales``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ class Mxfp4Format(Format):
     @property
     def names(self) -> frozenset[str]:
         return frozenset({"weight_blocks", "weight_scales"})
+
+    @property
+    def stacks(self) -> Mapping[str, str]:
+        return {"_blocks": "weight_blocks", "_scales": "weight_scales"}
 
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         rows, groups = layout.out_features, layout.in_features // MXFP4_GROUP

@@ -110,7 +110,7 @@ def lattice_layout(
         grid=Grid("block", out_features, in_features),
         shared=True,
         folded=tuple(SHIFT if bits == 16 else None for bits in kind.nbits),
-        divisors=(1.0,) if len(kind.nbits) == 1 or scale is None else (1.0, scale),
+        divisors=() if len(kind.nbits) == 1 or scale is None else (1.0, scale),
         transforms=(
             *before,
             Transform("scale", "in"),

@@ -39,6 +39,18 @@ class TorchAoFormat(Format):
     def names(self) -> frozenset[str]:
         return names.ALL
 
+    @property
+    def stacks(self) -> Mapping[str, str]:
+        return names.STACKS
+
+    @property
+    def stack_lead(self) -> str:
+        return "_"
+
+    @property
+    def always_stacks(self) -> bool:
+        return True
+
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         settings = settings_for(self.config, layout)
         if settings.storage in _PACKED and isinstance(layout, Affine):
@@ -82,7 +94,8 @@ class TorchAoFormat(Format):
 
     def metadata(self, weights: Mapping[str, tuple[Layout, torch.dtype]], dense: Iterable[str]) -> dict[str, str]:
         described = {
-            name: header.describe(layout, self._settings(layout), dtype) for name, (layout, dtype) in weights.items()
+            name: header.describe(layout, self._settings(layout), dtype, _fused(name))
+            for name, (layout, dtype) in weights.items()
         }
         return header.written(described, dense)
 
@@ -90,7 +103,7 @@ class TorchAoFormat(Format):
         problems = []
         for name, layout in layouts.items():
             if name in metadata:
-                expected = header.describe(layout, settings_for(self.config, layout), None)
+                expected = header.describe(layout, settings_for(self.config, layout), None, _fused(name))
                 problems += header.contradictions(name, metadata[name], expected)
         return problems
 
@@ -99,6 +112,10 @@ class TorchAoFormat(Format):
             return settings_for(self.config, layout)
         except ConfigError as error:
             raise LayoutError(str(error)) from error
+
+
+def _fused(parameter: str) -> bool:
+    return not parameter.endswith(".weight")
 
 
 def _check_scales(name: str, scales: Tensor) -> None:

@@ -34,13 +34,18 @@ _HELD = {
 }
 
 
-def describe(layout: Layout, settings: Settings, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return class, attributes and tensors of a weight; ``dtype``: of the dense weight, None leaves it out."""
+def describe(layout: Layout, settings: Settings, dtype: torch.dtype | None, fused: bool = False) -> dict[str, Any]:
+    """Return class, attributes and tensors of a weight.
+
+    ``dtype``: of the dense weight, None leaves it out; ``fused``: it is one of the experts of a parameter.
+    """
     held: list[str] = list(_HELD.get(settings.storage, (QDATA, SCALE, ZERO)))
     if layout.transforms:
         # Optional tensors come first, of which the zeros of int8 are one.
         held.insert(1 if held[0] == ZERO else 0, ACT_PRE_SCALE)
     attributes = _attributes(layout, settings, dtype)
+    if fused:
+        attributes["block_size"] = [1, *attributes["block_size"]]
     if dtype is None:
         attributes.pop("dtype", None)
     return {

@@ -5,7 +5,7 @@ Source: torchao 0.18, ``flatten_tensor_state_dict`` (prototype/safetensors/safet
 
 from __future__ import annotations
 
-__all__ = ["ACT_PRE_SCALE", "ALL", "QDATA", "SCALE", "SCALE_AND_ZERO", "ZERO", "attribute"]
+__all__ = ["ACT_PRE_SCALE", "ALL", "QDATA", "SCALE", "SCALE_AND_ZERO", "STACKS", "ZERO", "attribute"]
 
 QDATA = "_weight_qdata"
 SCALE = "_weight_scale"
@@ -20,6 +20,10 @@ ALL = frozenset(
         "_weight_per_tensor_scale", "_weight_act_per_tensor_scale",
     }
 )  # fmt: skip
+
+
+# The endings of a fused parameter's entries: ``experts._down_proj_qdata``.
+STACKS = {"_qdata": QDATA, "_scale": SCALE, "_zero_point": ZERO}
 
 
 def attribute(name: str) -> str:

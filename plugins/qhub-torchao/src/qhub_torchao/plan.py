@@ -63,28 +63,36 @@ def settings_named(weight: WeightInfo, by_name: Mapping[str, Settings | None], t
     The parameter's name wins over the module's, both over patterns (``"re:..."``, the first that matches), and these
     over ``"_default"``. Source: transformers 5.23, ``TorchAoQuantize.convert`` (integrations/torchao.py).
     """
-    if weight.kind == "experts":
-        return Skip("torchao's files hold no fused experts; linear layers are quantized")
     if weight.kind == "conv1d":
         return Skip("torchao quantizes torch's linear layers, this one is transposed")
     key = _key(weight, by_name)
+    if weight.kind == "experts" and key in (None, ANY, "_default"):
+        return Skip("torchao quantizes linear layers, and fused experts where FqnToConfig names their parameter")
     if key is None:
         return Skip("no name of FqnToConfig fits it")
     if weight.kind == "embedding" and key == "_default" and not tables:
         return Skip("'_default' of FqnToConfig is for linear layers: set include_input_output_embeddings or name it")
     settings = by_name[key]
-    return settings if settings is not None else Skip(f"{key!r} is None in FqnToConfig")
+    if settings is None:
+        return Skip(f"{key!r} is None in FqnToConfig")
+    if weight.kind == "experts" and (
+        weight.transposed or settings.storage not in ("int8", "float8") or settings.grain.kind == "tensor"
+    ):
+        return Skip("fused experts are held as int8 or float8 with scales along the last dimension of (out, in)")
+    return settings
 
 
 def _key(weight: WeightInfo, by_name: Mapping[str, Settings | None]) -> str | None:
-    for name in (weight.name, weight.module, ANY):
+    # The module that holds fused experts is named before their parameter's dot.
+    module = weight.name.rpartition(".")[0]
+    for name in (weight.name, module, ANY):
         if name in by_name:
             return name
     for name in by_name:
         if not name.startswith("re:"):
             continue
         try:
-            hit = any(re.fullmatch(name[3:], one) for one in (weight.name, weight.module))
+            hit = any(re.fullmatch(name[3:], one) for one in (weight.name, module))
         except re.error as error:
             raise ConfigError(f"{name!r} in FqnToConfig is no regular expression: {error}") from error
         if hit:

@@ -33,15 +33,19 @@ def settings_by_name(config: Any) -> Mapping[str, Settings | None]:
 
     Raises :class:`ConfigError` on values that are not offered.
     """
-    return _read(json.dumps(complete(encoded(config.quant_type)), sort_keys=False))
+    return _read(_text(config))
+
+
+def _text(config: Any) -> str:
+    given = config.quant_type
+    return json.dumps(given if isinstance(given, Mapping) else encoded(given))
 
 
 def settings_for(config: Any, layout: Layout) -> Settings:
     """Return the settings that gave a weight its ``layout``; raises :class:`ConfigError` when none would."""
-    found = settings_by_name(config)
-    for settings in found.values():
-        if settings is not None and settings.holds(layout):
-            return settings
+    found = _find(_text(config), layout)
+    if found is not None:
+        return found
     raise ConfigError(
         f"this torchao config has no tensors for a weight stored as {layout.describe()}: convert the model to a config "
         "that has"
@@ -50,11 +54,18 @@ def settings_for(config: Any, layout: Layout) -> Settings:
 
 @functools.lru_cache(maxsize=32)
 def _read(text: str) -> Mapping[str, Settings | None]:
-    value = json.loads(text)
+    value = complete(json.loads(text))
     parts = parts_of(value)
     if parts is None:
         return {ANY: _settings(value)}
     return {name: None if one is None else _settings(one) for name, one in parts.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _find(text: str, layout: Layout) -> Settings | None:
+    # Names by the hundred have a few settings among them.
+    distinct = dict.fromkeys(one for one in _read(text).values() if one is not None)
+    return next((settings for settings in distinct if settings.holds(layout)), None)
 
 
 def _settings(value: Mapping[str, Any]) -> Settings:

@@ -138,6 +138,8 @@ def _rope(model: _Model, config: Config) -> Config:
     if model.has("rope_freqs.weight") and model.architecture in ("llama", "deci"):
         factors = model.file.tensor("rope_freqs.weight")
         scaling = llama3_settings(factors, theta, config.get("max_position_embeddings") or 0)
+        if bool((factors == 1).all()):
+            scaling = {}
         if scaling is None:
             raise CheckpointError(
                 f"{model.file.path}: tensor 'rope_freqs.weight' is no scaling of rotary embeddings that transformers "
@@ -192,6 +194,29 @@ def _qwen(model: _Model) -> Config:
             config["shared_expert_intermediate_size"] = shared
     if model.architecture in ("qwen3", "qwen3moe"):
         config["attention_bias"] = model.any("attn_q.bias")
+    return config
+
+
+def _granite(model: _Model) -> Config:
+    config = _llama(model)
+    for ours, theirs in (
+        ("attention.scale", "attention_multiplier"),
+        ("embedding_scale", "embedding_multiplier"),
+        ("residual_scale", "residual_multiplier"),
+        ("logit_scale", "logits_scaling"),
+    ):
+        config[theirs] = model.get(ours, 1.0)
+    del config["head_dim"]
+    return config
+
+
+def _cohere(model: _Model) -> Config:
+    config = _decoder(model)
+    config |= {
+        "layer_norm_eps": model.need("attention.layer_norm_epsilon"),
+        "logit_scale": model.get("logit_scale", 1.0),
+        "use_qk_norm": model.any("attn_q_norm.weight"),
+    }
     return config
 
 
@@ -477,6 +502,10 @@ def _qwen35(model: _Model) -> Config:
 _FAMILIES: dict[str, Callable[[_Model], Config]] = {
     "llama": _llama,
     "deci": _llama,
+    "smollm3": _llama,
+    "granite": _granite,
+    "olmo2": _decoder,
+    "command-r": _cohere,
     "qwen2": _qwen,
     "qwen2moe": _qwen,
     "qwen3": _qwen,
@@ -507,6 +536,10 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deci": "DeciLMForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "cohere": "CohereForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

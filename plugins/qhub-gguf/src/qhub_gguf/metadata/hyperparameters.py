@@ -120,6 +120,18 @@ def _llama(entries: Entries, settings: Mapping[str, Any]) -> None:
     entries.own("rope.dimension_count", _head_dim(settings))
 
 
+def _granite(entries: Entries, settings: Mapping[str, Any]) -> None:
+    _llama(entries, {**settings, "head_dim": None})
+    for ours, theirs in _GRANITE.items():
+        entries.real(ours, settings.get(theirs))
+
+
+def _cohere(entries: Entries, settings: Mapping[str, Any]) -> None:
+    _standard(entries, settings)
+    entries.real("logit_scale", settings["logit_scale"])
+    entries.own("rope.scaling.type", "none")
+
+
 def _experts(entries: Entries, settings: Mapping[str, Any]) -> None:
     _standard(entries, settings)
     entries.own("expert_feed_forward_length", settings.get("moe_intermediate_size"))
@@ -344,9 +356,20 @@ def _qwen35(entries: Entries, settings: Mapping[str, Any]) -> None:
         entries.own("rope.dimension_sections", [11, 11, 10, 0], Kind.INT32)
 
 
+# What Granite multiplies by, under llama.cpp's keys.
+_GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
 _FAMILIES: dict[str, Callable[[Entries, Mapping[str, Any]], None]] = {
     "llama": _llama,
     "deci": _llama,
+    "smollm3": _llama,
+    "granite": _granite,
+    "command-r": _cohere,
     "qwen2moe": _experts,
     "qwen3moe": _experts,
     "minimax-m2": _minimax_m2,

@@ -222,12 +222,14 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, kind: str) -> Non
 def _surround(tokenizer: Tokenizer, vocabulary: _Vocabulary, named: dict[str, int], kind: str) -> None:
     """Put the tokens for beginning and end around every text, as the file says.
 
-    What llama.cpp assumes where it does not: a beginning for SentencePiece, an end for T5.
+    What llama.cpp assumes where it does not: a beginning for SentencePiece and for Llama 3's and Tekken's splitting, an
+    end for T5.
     """
     from tokenizers import processors
 
     # gemma4: llama.cpp insists on it; the chat template writes it too, and so the model's own tokenizer does not.
-    begin = vocabulary.get("add_bos_token", kind == "llama") and "bos" in named and kind != "gemma4"
+    assumed = kind == "llama" or (kind == "gpt2" and vocabulary.get("pre") in IGNORE_MERGES)
+    begin = vocabulary.get("add_bos_token", assumed) and "bos" in named and kind != "gemma4"
     end = vocabulary.get("add_eos_token", kind == "t5") and "eos" in named
     if not begin and not end:
         return

@@ -35,7 +35,11 @@ class Family:
     """
 
     rules: tuple[Rule, ...]
-    ignored: tuple[str, ...] = ("rope_freqs.weight", r"rope_factors_(long|short)\.weight")
+    ignored: tuple[str, ...] = (
+        r"(blk\.\d+\.)?rope_freqs\.weight",
+        r"(blk\.\d+\.)?rope_factors_(long|short)\.weight",
+        r"blk\.\d+\.attn_rot_embd\.weight",
+    )
     computed: tuple[str, ...] = (r".*rotary_emb\..*",)
     extra: dict[str, str] = field(default_factory=dict)
 

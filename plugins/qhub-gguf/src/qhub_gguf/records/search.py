@@ -62,9 +62,7 @@ def _with_signs(record: LatticeRecord, ratio: Tensor, w: Tensor | None) -> tuple
     return join(negative.to(torch.uint8), 1, 1).squeeze(-1), x.flatten(-2)
 
 
-def _nearest(
-    grid: str, x: Tensor, w: Tensor | None, exact: bool, half: int | None = None
-) -> tuple[Tensor, Tensor]:
+def _nearest(grid: str, x: Tensor, w: Tensor | None, exact: bool, half: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the number (...) int32 of the entry nearest to ``x`` (..., dim), and how much it takes off the error.
 
     ``half``: look only at the first or at the second half of the table.

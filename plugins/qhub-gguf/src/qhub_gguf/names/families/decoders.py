@@ -95,6 +95,21 @@ def _shared_expert(config: Any) -> list[Rule]:
     return rules(SHARED_EXPERT)
 
 
+def olmo2(config: Any) -> Family:
+    """OLMo 2: norms after attention and feed-forward net, none before."""
+    norms = [
+        ("blk.{i}.post_attention_norm", LAYER + "post_attention_layernorm"),
+        ("blk.{i}.post_ffw_norm", LAYER + "post_feedforward_layernorm"),
+        *QK_NORMS,
+    ]
+    return Family((*rules(OUTSIDE), *rules(norms), *rules(ATTENTION), *rules(FEED_FORWARD)))
+
+
+def cohere(config: Any) -> Family:
+    """Command R: one norm a layer."""
+    return Family((*rules(OUTSIDE), *rules(NORMS[:1]), *rules(QK_NORMS), *rules(ATTENTION), *rules(FEED_FORWARD)))
+
+
 def minimax_m2(config: Any) -> Family:
     """MiniMax-M2: experts chosen with a correction of their scores."""
     bias = rules([("blk.{i}.exp_probs_b.bias", LAYER + "mlp.e_score_correction_bias")], suffixes="none")
