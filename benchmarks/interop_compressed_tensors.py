@@ -6,8 +6,10 @@ dtype; here its own functions are given float32 scales, so that weights have to 
 (through transformers, inputs rounded) is compared by logits. Run where qhub is installed; ``--peer``: the Python of an
 environment with compressed-tensors::
 
-    python benchmarks/interop_compressed_tensors.py MODEL [MODEL ...] --peer PYTHON --out FILE
+    python benchmarks/interop_compressed_tensors.py MODEL [MODEL ...] --peer PYTHON --source FOLDER --out FILE
 
+``--source``: checkpoints of other methods, of Llamas, which ``qhub convert`` takes over; the library has to decompress
+their very weights.
 Ends with an error when a weight differs, or the library misses a tensor or finds one too many.
 """
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--peer", metavar="PYTHON")
+    parser.add_argument("--source", action="append", default=[], metavar="FOLDER", help="also take this over")
     parser.add_argument("--only", action="append", help="check these schemes alone")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     parser.add_argument("--out", type=Path)
@@ -122,6 +125,21 @@ def _read(job: dict[str, Any], folder: Path) -> None:
         loaded.dequantize().save_pretrained(scratch)
         found |= {f"weight.{name}": weight for name, weight in load_file(Path(scratch) / "model.safetensors").items()}
     save_file(found, folder.with_suffix(".own"))
+
+
+def _convert(job: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    command = [sys.executable, "-m", "qhub", "convert", job["model"], "--to", "compressed-tensors", "-o", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr[-500:])
+    # The source's own weights, which the result has to hold.
+    loaded = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    quantized = [name for name, parameter in loaded.named_parameters() if hasattr(parameter, "quant_layout")]
+    loaded = loaded.dequantize()
+    weights = {f"weight.{name}": loaded.get_parameter(name).detach().contiguous() for name in quantized}
+    save_file(weights, folder.with_suffix(".source"))
 
 
 def _write_peer(job: dict[str, Any], folder: Path) -> None:
@@ -295,7 +313,7 @@ def _decompressed(state: dict[str, torch.Tensor], scheme: Any, outer: str) -> to
 
 
 ROLES: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "read": _read, "read-peer": _read_peer, "write": _write, "write-peer": _write_peer,
+    "convert": _convert, "read": _read, "read-peer": _read_peer, "write": _write, "write-peer": _write_peer,
 }  # fmt: skip
 
 
@@ -313,6 +331,14 @@ def _check(arguments: argparse.Namespace) -> None:
             for role, made in jobs.items():
                 folder = f"{role}-{number}-{Path(model).name}"
                 made[folder] = {"model": str(Path(model).resolve()), "scheme": name, "groups": groups, "dtype": dtype}
+    jobs["convert"] = {
+        f"convert-{Path(source).name}": {
+            "model": str(Path(source).resolve()),
+            "scheme": "taken over",
+            "dtype": "float16",
+        }
+        for source in arguments.source
+    }
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.keep or Path(scratch)
         work.mkdir(exist_ok=True)
@@ -321,7 +347,9 @@ def _check(arguments: argparse.Namespace) -> None:
         every = {folder: job for made in jobs.values() for folder, job in made.items()}
         for role in ("read", "read-peer"):
             _spawn(arguments, role, work, every)
-        results: dict[str, dict[str, Any]] = {"written by qhub": {}, "written by compressed-tensors": {}}
+        results: dict[str, dict[str, Any]] = {
+            "written by qhub": {}, "written by compressed-tensors": {}, "taken over by qhub": {},
+        }  # fmt: skip
         for role, side in zip(jobs, results, strict=True):
             for folder, job in jobs[role].items():
                 label = f"{job['scheme']}, {Path(job['model']).name}, {job['dtype']}"
@@ -360,6 +388,12 @@ def _compare(folder: Path) -> dict[str, Any]:
         return {"as_promised": False, "failed": failed.read_text(encoding="utf-8")}
     own, peer = load_file(folder.with_suffix(".own")), load_file(folder.with_suffix(".peer"))
     names = [name for name in peer if name.startswith("weight.")]
+    source = folder.with_suffix(".source")
+    if source.exists():
+        wanted = load_file(source)
+        if sorted(wanted) != sorted(names):
+            return {"as_promised": False, "failed": "other weights are quantized than in the source"}
+        own |= wanted
     different = [name for name in names if not torch.equal(own[name], peer[name])]
     result: dict[str, Any] = {"matrices": len(names), "different": len(different)}
     if different:

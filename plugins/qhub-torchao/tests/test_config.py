@@ -169,6 +169,24 @@ def test_which_tables_a_fqn_to_config_means() -> None:
     assert not TorchAoConfig("int8_weight_only").takes_tables
 
 
+def test_experts_are_quantized_where_they_are_named() -> None:
+    """By their parameter or the module that holds them, in tensors that torchao can stack."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    for values, key, quantized in [
+        ({"_type": "Int8WeightOnlyConfig", "_data": {}}, name, True),
+        ({"_type": "Float8WeightOnlyConfig", "_data": {}}, "re:.*experts", True),
+        ({"_type": "Int8WeightOnlyConfig", "_data": {}}, "_default", False),
+        ({"_type": "Int8WeightOnlyConfig", "_data": {"granularity": {"_type": "PerTensor"}}}, name, False),
+        ({"_type": "IntxWeightOnlyConfig", "_data": {}}, name, False),
+    ]:
+        parts = {"_type": "FqnToConfig", "_data": {"fqn_to_config": {key: values}}}
+        config = spec().parse({"quant_type": parts})
+        for transposed in (False, True):
+            expert = WeightInfo(name, 64, 256, torch.bfloat16, "experts", 4, transposed)
+            found = plan(config, [expert])[name]
+            assert isinstance(found, LayerPlan) == (quantized and not transposed)
+
+
 def test_two_configs_for_one_layout() -> None:
     """Where the layout cannot tell which of two configs a weight has, no file could either."""
     data = {"weight_dtype": "int4", "mapping_type": "SYMMETRIC"}

@@ -33,6 +33,7 @@ class TestTorchAo(MethodConformance):
                             },
                         },
                         "re:.*k_proj": None,
+                        "re:.*experts": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}},
                         "_default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"group_size": 64}},
                     }
                 },

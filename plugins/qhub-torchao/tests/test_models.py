@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, To
 from qhub import QuantizedTensor
 from qhub.errors import CheckpointError
 from qhub.layouts import Affine
+from qhub.testing.conformance.models import write_model
 
 DATA = Path(__file__).parent / "data"
 TINY = {"tiny-llama-intx4-g32": 0.05, "tiny-llama-int8-dynamic": 0.15}
@@ -167,6 +168,25 @@ def test_adapters_train_merge_and_reload(name: str, dora: bool, dense: Path, tmp
         assert float(merged(input_ids=ids, labels=ids).loss) < losses[0]
     merged.save_pretrained(tmp_path)
     assert torch.equal(_logits(_load(tmp_path, dtype=torch.float32)), _logits(merged))
+
+
+def test_fused_experts_lie_in_the_file_as_one(tmp_path: Path) -> None:
+    """As torchao has them: under the parameter's name, experts leading, with a header of three dimensions."""
+    write_model("mixtral", 128, tmp_path / "dense")
+    names = {"re:.*experts": {"_type": "Float8WeightOnlyConfig", "_data": {}}}
+    config = TorchAoConfig({"_type": "FqnToConfig", "_data": {"fqn_to_config": names}})
+    model = _load(tmp_path / "dense", quantization_config=config)
+    found = _quantized(model)
+    assert {name.rpartition(".")[2] for name in found} == {"gate_up_proj", "down_proj"}
+    model.save_pretrained(tmp_path / "saved")
+    (header,) = _headers(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, weight in found.items():
+        owner, _, leaf = name.rpartition(".")
+        assert tensors[f"{owner}._{leaf}_qdata"].shape == weight.shape
+        assert tensors[f"{owner}._{leaf}_scale"].shape == (*weight.shape[:2], 1)
+        assert json.loads(header[name])["_data"]["block_size"] == [1, 1, weight.shape[2]]
+    assert torch.equal(_logits(_load(tmp_path / "saved")), _logits(model))
 
 
 @pytest.mark.parametrize("tied", [False, True])

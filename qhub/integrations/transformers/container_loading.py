@@ -55,6 +55,10 @@ class ReadsContainers:
             return {name: "cpu" if place == "disk" else place for name, place in device_map.items()}
         return device_map
 
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Return the memory that a device map may count on: without end on the CPU, where the file is mapped."""
+        return max_memory if self.container is None else {**max_memory, "cpu": 1 << 60}
+
     def take_container(self, model: Any, weights: Mapping[str, WeightInfo]) -> None:
         """Plan ``model`` as the container's file stores it, and make its tensors ready.
 

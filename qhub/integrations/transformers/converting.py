@@ -22,6 +22,7 @@ from qhub.formats.shards import ShardWriter
 from qhub.integrations.transformers.conversion import Conversion, told
 from qhub.integrations.transformers.folders import copy_companions
 from qhub.integrations.transformers.quantizer import PluginQuantizer, quantizer_for
+from qhub.integrations.transformers.recording import routers
 from qhub.integrations.transformers.saving import (
     matrices_of,
     name_shards,
@@ -112,7 +113,8 @@ class _Target:
             raise _lost(source, method, self.losses)
         spec = registry.call(method, "qhub_config")
         if spec.record is not None:
-            spec.record(self.config, self.layouts, [name.removesuffix(".weight") for name in others])
+            dense = [*(name.removesuffix(".weight") for name in others), *routers(source.model)]
+            spec.record(self.config, self.layouts, dense)
 
     def write(self, out: Path, max_shard_size: int | str) -> int:
         """Translate every matrix into ``out``; return how many. Raises :class:`LossError` before ``out`` is touched."""

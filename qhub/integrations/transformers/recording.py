@@ -21,7 +21,7 @@ from qhub.integrations.transformers.weights import find_weights
 from qhub.layouts import Layout
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["record_config", "take_passengers"]
+__all__ = ["record_config", "routers", "take_passengers"]
 
 # Scales and zeros; what is larger belongs to the model.
 _LARGEST = 1 << 20
@@ -57,26 +57,33 @@ def record_config(model: Any, quantizer: Any) -> None:
         return
     stored: dict[str, Layout] = {}
     dense: list[str] = []
-    for name, rows in _matrices(model):
+    for name, info in find_weights(model).items():
         parameter = model.get_parameter(name)
         planned = quantizer.plan.get(name)
         layout = parameter.quant_layout if isinstance(parameter, QuantizedTensor) else planned and planned.layout
-        hollow = torch.empty(parameter.shape, device="meta")
-        for key, piece in host.revert_weight_conversion(model, {name: hollow}).items():
-            prefix = key.removesuffix(".weight")
+        rows = -1 if info.transposed or info.kind == "conv1d" else -2
+        for prefix, shape in _in_file(model, name):
             if layout is None:
                 dense.append(prefix)
             else:
-                stored[prefix] = layout.with_rows(piece.shape[rows])
-    quantizer.spec.record(quantizer.quantization_config, stored, dense)
+                stored[prefix] = layout.with_rows(shape[rows])
+    quantizer.spec.record(quantizer.quantization_config, stored, [*dense, *routers(model)])
 
 
-def _matrices(model: Any) -> Iterator[tuple[str, int]]:
-    """Yield (parameter, the dimension of its rows) of what a loader could take for linear layers."""
-    for name, info in find_weights(model).items():
-        yield name, -1 if info.transposed or info.kind == "conv1d" else -2
+def routers(model: Any) -> list[str]:
+    """Return the names, as in a checkpoint, of the modules of ``model`` that choose experts with a matrix of their own:
+    loaders look them up as linear layers."""
+    found = []
     for prefix, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        router = _ROUTER.search(type(module).__name__) and not isinstance(module, nn.Linear)
-        if router and isinstance(weight, Tensor) and weight.ndim == 2:
-            yield f"{prefix}.weight", -2
+        chooses = _ROUTER.search(type(module).__name__) and not isinstance(module, nn.Linear)
+        if chooses and isinstance(weight, Tensor) and weight.ndim == 2:
+            found += [name for name, _ in _in_file(model, f"{prefix}.weight")]
+    return found
+
+
+def _in_file(model: Any, name: str) -> Iterator[tuple[str, torch.Size]]:
+    """Yield (module, shape) of the matrices that a checkpoint holds for the parameter ``name``."""
+    hollow = torch.empty(model.get_parameter(name).shape, device="meta")
+    for key, piece in host.revert_weight_conversion(model, {name: hollow}).items():
+        yield key.removesuffix(".weight"), piece.shape
