@@ -61,12 +61,16 @@ def main() -> None:
     parser.add_argument("--peer-path", metavar="FOLDER", help="put before the peer's own packages")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--role", choices=sorted(ROLES), help=argparse.SUPPRESS)
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.role:
-        ROLES[arguments.role](arguments.models[0], arguments.folder, arguments.settings)
+        for folder, settings in arguments.jobs.items():
+            try:
+                ROLES[arguments.role](arguments.models[0], Path(folder), settings)
+            except Exception as error:  # told in the result; the other settings go on
+                message = f"{arguments.role}: {type(error).__name__}: {error}"
+                Path(folder).with_suffix(".failed").write_text(message, encoding="utf-8")
     else:
         _check(arguments)
 
@@ -185,20 +189,22 @@ ROLES: dict[str, Callable[[str, Path, dict[str, Any]], None]] = {
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _run(arguments: argparse.Namespace, role: str, model: str, folder: Path, settings: dict[str, Any]) -> str | None:
-    """Run one role; return what it failed with."""
+def _run(arguments: argparse.Namespace, role: str, model: str, jobs: dict[Path, dict[str, Any]]) -> None:
+    """Run one role for the ``jobs`` that nothing has failed for: one process for all, Intel's library one for each."""
+    left = {str(folder): settings for folder, settings in jobs.items() if not folder.with_suffix(".failed").exists()}
     python, environment = sys.executable, dict(os.environ)
+    batches = [left] if left else []
     if role.endswith("native"):
         environment["QHUB_NATIVE"] = "fp8"
     if role.endswith("peer"):
-        python = arguments.peer
+        python, batches = arguments.peer, [{folder: settings} for folder, settings in left.items()]
         environment["PYTHONPATH"] = arguments.peer_path or ""
-    command = [python, str(Path(__file__).resolve()), model, "--role", role, "--folder", str(folder)]
-    done = subprocess.run(
-        [*command, "--settings", json.dumps(settings)],
-        env=environment, cwd=folder.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return None if done.returncode == 0 else f"{role}: {done.stderr.strip().splitlines()[-1]}"
+    for batch in batches:
+        command = [python, str(Path(__file__).resolve()), model, "--role", role, "--jobs", json.dumps(batch)]
+        where = Path(next(iter(batch))).parent
+        done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{role}: {done.stderr[-2000:]}")
 
 
 def _compare(folder: Path, running: bool) -> dict[str, Any]:
@@ -226,17 +232,15 @@ def _check(arguments: argparse.Namespace) -> None:
         ]
     failed = False
     with tempfile.TemporaryDirectory() as work:
-        count = 0
-        for model in arguments.models:
-            for title, cases, roles, running in plans:
-                for label, settings in cases.items():
-                    count += 1
-                    folder = Path(work) / f"checkpoint{count}"
-                    problem = None
-                    for role in roles:
-                        problem = problem or _run(arguments, role, model, folder, settings)
-                    found = {"failed": problem} if problem else _compare(folder, running)
-                    failed = failed or bool(problem) or bool(found["different"]) or not found["weights"]
+        for number, model in enumerate(arguments.models):
+            for place, (title, cases, roles, running) in enumerate(plans):
+                folders = {Path(work) / f"{number}-{place}-{i}": one for i, one in enumerate(cases.values())}
+                for role in roles:
+                    _run(arguments, role, model, folders)
+                for label, folder in zip(cases, folders, strict=True):
+                    problem = folder.with_suffix(".failed")
+                    found = {"failed": problem.read_text()} if problem.exists() else _compare(folder, running)
+                    failed = failed or "failed" in found or bool(found["different"]) or not found["weights"]
                     results.setdefault(Path(model).name, {}).setdefault(title, {})[label] = found
                     print(Path(model).name, title, label, found, flush=True)
     if arguments.out:

@@ -4,6 +4,7 @@
     Lookup     w = scale * table[q]                  1 to 8 bits
     Codebook   w = scale * sum_c codebook_c[code_c]  vectors of weights
     Float8     w = scale * float8                    E4M3, E5M2
+    Blocks     records as a file has them            what a plugin's Record says
     Blocks     rows of records as a file has them    scales and codes together
     Stacked    several of these on top of each other
 
@@ -13,6 +14,7 @@ A layout is a description (frozen, hashable) and the tensors it names travel bes
 from qhub.layouts.activations import Activation
 from qhub.layouts.affine import Affine
 from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec, nbytes
+from qhub.layouts.blocks import Blocks, Record
 from qhub.layouts.blocks import Blocks, Record
 from qhub.layouts.codebook import Codebook
 from qhub.layouts.float8 import Float8
@@ -26,6 +28,7 @@ __all__ = [
     "Activation",
     "Affine",
     "Blocks",
+    "Blocks",
     "Codebook",
     "Float8",
     "Grid",
@@ -35,6 +38,7 @@ __all__ = [
     "Nested",
     "PartSpec",
     "Parts",
+    "Record",
     "Record",
     "Stacked",
     "Transform",

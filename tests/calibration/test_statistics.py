@@ -200,3 +200,25 @@ def test_maxima_follow_a_scaled_input_and_say_nothing_where_nothing_was_seen():
     factor = torch.tensor([2.0, 0.5])
     assert rescaled({"max_abs": torch.tensor([1.0, 4.0])}, factor)["max_abs"].tolist() == [2.0, 2.0]
     assert neutral(["max_abs"], 2, torch.device("cpu"))["max_abs"].tolist() == [1.0, 1.0]
+
+
+def test_maxima_are_taken_over_all_processes(tmp_path):
+    import subprocess
+    import sys
+
+    program = f"""
+import sys, torch, torch.distributed as dist
+from qhub.calibration.sharing import reduce_sums
+from qhub.calibration.statistics import Sums
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path / "store"}", rank=rank, world_size=2)
+sums = Sums(["max_abs", "mean_abs"], 2, torch.device("cpu"))
+sums.add(torch.tensor([[1.0, -5.0]]) if rank == 0 else torch.tensor([[-3.0, 2.0], [1.0, 1.0]]))
+reduce_sums(sums)
+values = sums.means()
+assert values["max_abs"].tolist() == [3.0, 5.0], values
+assert torch.allclose(values["mean_abs"], torch.tensor([5.0, 8.0]) / 3), values
+assert int(values["tokens"]) == 3
+"""
+    running = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
+    assert [one.wait(120) for one in running] == [0, 0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qhub import ConfigSpec, hookimpl
 from qhub.formats import Container, Format
+from qhub.kernels import KernelSpec
 from qhub.layouts import Layout
 from qhub.plan import Adoption, LayerPlan, Skip, WeightInfo
 
@@ -95,3 +96,16 @@ def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Ado
     from qhub_gguf.adopt import adopt
 
     return adopt(layouts, options)
+
+
+@hookimpl
+def qhub_kernels() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name="blocks-in-pieces",
+            impl="qhub_gguf.records.linear:linear",
+            layout="blocks",
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        )
+    ]

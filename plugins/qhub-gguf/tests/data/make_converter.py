@@ -22,7 +22,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 1},
     "t5": {"decoder_start_token_id": 0},
     "t5-plain": {"decoder_start_token_id": 0},
-    "minimax_m2": {"rotary_dim": 8},
+    "minimax_m2": {"rotary_dim": 8, "scoring_func": "sigmoid"},
     "qwen3_5": {"mtp_num_hidden_layers": 0},
     "qwen3_5_moe": {"mtp_num_hidden_layers": 0},
 }

@@ -139,7 +139,8 @@ def _experts(entries: Entries, settings: Mapping[str, Any]) -> None:
 
 
 def _minimax_m2(entries: Entries, settings: Mapping[str, Any]) -> None:
-    _standard(entries, settings)
+    # transformers computes with a sigmoid whatever the config says; llama.cpp wants to be told.
+    _standard(entries, {**settings, "scoring_func": "sigmoid"})
     entries.own("expert_feed_forward_length", settings["intermediate_size"])
     partial = full_rope(settings).get("partial_rotary_factor", 1.0)
     entries.own("rope.dimension_count", settings.get("rotary_dim") or int(_head_dim(settings) * partial))
