@@ -1,8 +1,8 @@
 """Checks that llama.cpp computes with qhub's GGUF files what transformers computes, for every architecture.
 
-The tiny models of plugins/qhub-gguf/tests are written in F32; llama.cpp loads each and computes the logits of 40 tokens.
-Differences: GELU, which ggml looks up in a table of float16 (about 1e-3), else rounding. T5 is left out: it has an encoder.
-Run where qhub is installed; ``--peer``: the Python of an environment with llama-cpp-python::
+The tiny models of plugins/qhub-gguf/tests are written in F32; llama.cpp loads each and computes the logits of 40
+tokens. Differences: GELU, which ggml looks up in a table of float16 (about 1e-3), else rounding. T5 is left out: it has
+an encoder. Run where qhub is installed; ``--peer``: the Python of an environment with llama-cpp-python::
 
     python benchmarks/interop_gguf_architectures.py --peer PYTHON --out FILE
 

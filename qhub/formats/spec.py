@@ -65,6 +65,10 @@ class Format(ABC):
     def names(self) -> frozenset[str]:
         """Return every local name that the format can use, for whatever layout."""
 
+    def aliases(self, prefix: str) -> Iterable[str]:
+        """Return other names for the module ``prefix`` of a file, where its writers do not call it as models do."""
+        return ()
+
     @property
     def passengers(self) -> frozenset[str]:
         """Return the local names of tensors that belong to no weight and have no place in a model (scales of the

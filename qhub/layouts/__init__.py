@@ -15,7 +15,6 @@ from qhub.layouts.activations import Activation
 from qhub.layouts.affine import Affine
 from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec, nbytes
 from qhub.layouts.blocks import Blocks, Record
-from qhub.layouts.blocks import Blocks, Record
 from qhub.layouts.codebook import Codebook
 from qhub.layouts.float8 import Float8
 from qhub.layouts.grid import Grid
@@ -28,7 +27,6 @@ __all__ = [
     "Activation",
     "Affine",
     "Blocks",
-    "Blocks",
     "Codebook",
     "Float8",
     "Grid",
@@ -38,7 +36,6 @@ __all__ = [
     "Nested",
     "PartSpec",
     "Parts",
-    "Record",
     "Record",
     "Stacked",
     "Transform",

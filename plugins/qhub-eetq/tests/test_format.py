@@ -84,12 +84,21 @@ def _entries(n: int = 64, k: int = 128) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_scales_keep_their_dtype(dtype: torch.dtype) -> None:
+def test_scales_are_read_in_any_dtype_and_written_in_float16(dtype: torch.dtype) -> None:
     entries = _entries()
-    entries["weight_scales"] = entries["weight_scales"].to(dtype)
-    layout, parts = EetqFormat().unpack(int8_rows(64, 128), entries)
+    # Multiples of 1/128 between 1/2 and 1 are exact in all three.
+    scales = torch.arange(64, 128) / 128
+    layout, parts = EetqFormat().unpack(int8_rows(64, 128), {**entries, "weight_scales": scales.to(dtype)})
     layout.validate(parts)
-    assert EetqFormat().pack(layout, parts, torch.float16)["weight_scales"].dtype == dtype
+    written = EetqFormat().pack(layout, parts, torch.float16)["weight_scales"]
+    assert written.dtype == torch.float16 and torch.equal(written.float(), scales)
+
+
+def test_scales_that_float16_rounds_are_not_written() -> None:
+    """EETQ's kernels would read other bytes as float16."""
+    layout, parts = EetqFormat().unpack(int8_rows(64, 128), {**_entries(), "weight_scales": torch.full((64,), 0.1)})
+    with pytest.raises(LayoutError, match="float16"):
+        EetqFormat().pack(layout, parts, torch.float16)
 
 
 def _with(values: dict[int, float]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from qhub_gguf.container import GgufFile, Kind, TensorSource, Value, write
+from qhub_gguf.container import GgufFile, Kind, TensorSource, Value, write, write_like
 from qhub_gguf.metadata import config_of, extra_tensors, hyperparameters, metadata_of, size_label
 from qhub_gguf.metadata.rope import llama3_factors, llama3_settings
 from qhub_gguf.names import Entry, Mapping, architecture_of
@@ -115,6 +115,18 @@ def test_files_with_values_of_the_wrong_kind(tmp_path: Path) -> None:
     write(tmp_path / "a.gguf", metadata, {})
     with pytest.raises(CheckpointError, match=r"llama\.block_count must be a count, found many"):
         config_of(GgufFile.open(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize(
+    "key", ["block_count", "attention.key_length", "attention.head_count", "rope.dimension_count", "embedding_length"]
+)
+def test_sizes_that_no_tensor_has(key: str, tiny: Callable[[str], Any], tmp_path: Path) -> None:
+    """A model is not built from a claim."""
+    file = save(tiny("llama"), tmp_path / "a.gguf")
+    metadata = {**file.metadata, f"llama.{key}": Value.of(Kind.UINT32, 2**31)}
+    write_like(tmp_path / "b.gguf", file, metadata=metadata)
+    with pytest.raises(CheckpointError, match=rf"b\.gguf: llama\.{key} is 2147483648, and no tensor"):
+        config_of(GgufFile.open(tmp_path / "b.gguf"))
 
 
 def test_what_a_file_cannot_say_is_said(tiny: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:

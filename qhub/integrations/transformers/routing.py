@@ -89,7 +89,8 @@ def find_routes(
     routes: dict[str, Route] = {}
     problems: list[str] = []
     for prefix in sorted(stored, key=host.dot_natural_key):
-        found = names.of_matrix(prefix, weights)
+        places = (names.of_matrix(name, weights) for name in (prefix, *fmt.aliases(prefix)))
+        found = next((place for place in places if place is not None), None)
         if found is None:
             if names.must_exist(prefix):
                 problems.append(f"{prefix} is stored quantized, but the model has no such weight to quantize")

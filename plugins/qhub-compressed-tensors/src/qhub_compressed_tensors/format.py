@@ -21,7 +21,7 @@ A layer's bias is a tensor like any other and no part of this.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ _NAMES = (
 )  # fmt: skip
 # Scales and zeros of the cache and of attention, which belong to modules without a weight of their own.
 _CACHE = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "zero_point", "global_scale"))
+_EXPERTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _LENGTHS = (torch.int64, torch.int32)
 
 
@@ -66,6 +67,11 @@ class CompressedTensorsFormat(Format):
     @property
     def passengers(self) -> frozenset[str]:
         return frozenset(_CACHE)
+
+    def aliases(self, prefix: str) -> Iterable[str]:
+        # llm-compressor 0.14 writes Mixtral's experts under the names that other models have for theirs.
+        parent, _, leaf = prefix.rpartition(".")
+        return [f"{parent}.{_EXPERTS[leaf]}"] if leaf in _EXPERTS and ".experts." in parent else []
 
     def entries(self, layout: Layout) -> Mapping[str, Entry]:
         n, k = layout.out_features, layout.in_features

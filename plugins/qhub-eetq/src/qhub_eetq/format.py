@@ -19,7 +19,8 @@ from qhub_eetq.plan import int8_rows, unfit
 
 __all__ = ["EetqFormat"]
 
-# Upstream's own scales have the dtype of the weights that it quantized, though its kernels take float16 only.
+# Upstream's own scales have the dtype of the weights that it quantized, though its kernels take float16 only, which is
+# what is written.
 _READ = (torch.float16, torch.float32, torch.bfloat16)
 
 
@@ -48,7 +49,12 @@ class EetqFormat(Format):
         reason = unfit(n, k)
         if reason is not None:
             raise LayoutError(reason)
-        return {"weight": interleave(parts["qweight"]), "weight_scales": parts["scales"].reshape(n)}
+        scales = parts["scales"].to(torch.float16)
+        if scales.device.type != "meta" and not torch.equal(scales.float(), parts["scales"].float()):
+            raise LayoutError(
+                "EETQ's kernels take scales of float16, and these are not exact in it: quantize the model anew with eetq"
+            )
+        return {"weight": interleave(parts["qweight"]), "weight_scales": scales.reshape(n)}
 
     def unpack(self, layout: Layout, entries: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
         self.check(layout, entries, "int8 weights per output channel")
