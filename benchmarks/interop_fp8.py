@@ -86,7 +86,8 @@ def _keep(model: Any, folder: Path, name: str) -> None:
     """Write the dense weights of a model, and its logits, beside the checkpoint."""
     with torch.no_grad():
         logits = model(_ids()).logits.float()
-    found = {f"weight.{key}": value.detach().float().contiguous() for key, value in model.state_dict().items()}
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = {f"weight.{name}.weight": model.get_submodule(name).weight.detach().float().clone() for name in linear}
     save_file({"logits": logits, **found}, folder.with_suffix(name))
 
 
@@ -210,7 +211,7 @@ def _run(arguments: argparse.Namespace, role: str, model: str, jobs: dict[Path, 
 def _compare(folder: Path, running: bool) -> dict[str, Any]:
     own, peer = load_file(folder.with_suffix(".own")), load_file(folder.with_suffix(".peer"))
     logits = load_file(folder.with_suffix(".running"))["logits"] if running else own["logits"]
-    names = [name for name in peer if name.startswith("weight.") and ("proj" in name or "fc" in name)]
+    names = [name for name in peer if name.startswith("weight.") and name in own]
     different = [name for name in names if not torch.equal(own[name], peer[name])]
     return {
         "weights": len(names),

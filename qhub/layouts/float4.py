@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qhub.errors import LayoutError
 from qhub.layouts.activations import FLOAT4, Activation, round_float4
-from qhub.layouts.base import Parts
 from qhub.layouts.grid import Grid
 from qhub.layouts.lookup import Lookup
 from qhub.layouts.nested import Nested
@@ -123,8 +122,3 @@ def _nested_scales(
     # The smallest code above 0 beats 0: a group of small weights keeps what it can, and no scale is 0.
     local = local.clamp(2.0**-9, torch.finfo(_E4M3).max)
     return {"scales": local.to(_E4M3), "scales_super": over}
-
-
-def is_float4(layout: Lookup, parts: Parts) -> bool:
-    """Return whether ``parts`` are E2M1: their table is :func:`float4_table`."""
-    return layout.bits == 4 and torch.equal(parts["table"].cpu(), float4_table())

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2] / "plugins"
 def weights(folder: Path, **loading: Any) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, **loading)
     return {
-        name: p.dequantize(torch.float32) if isinstance(p, QuantizedTensor) else p.detach().float()
+        name: (p.dequantize(torch.float32) if isinstance(p, QuantizedTensor) else p.detach().float()).cpu()
         for name, p in model.named_parameters()
     }
 

@@ -86,6 +86,16 @@ def test_nvfp4_puts_the_largest_magnitudes_where_nvidia_does(divide):
             assert float(worst) <= stored * factor * 1.001
 
 
+@pytest.mark.parametrize(("factor", "stored"), [(1e-2, None), (1e-7, 2.0**-9), (0.0, 2.0**-9)])
+def test_no_scale_of_nvfp4_is_0(factor, stored):
+    w = weight()
+    w[0, :16] *= factor
+    parts = quantize_float4(w, nvfp4(6, 70))
+    found = float(parts["scales"][0, 0].float())
+    wanted = float(w[0, :16].abs().max()) / 6 * float(parts["scales_super"])
+    assert found == stored if stored is not None else abs(found - wanted) <= 2.0**-4 * wanted
+
+
 def test_mxfp4_takes_the_exponent_of_the_largest_magnitude():
     w = torch.zeros(1, 96)
     w[0, 0], w[0, 1], w[0, 40] = 5.9, 0.26, -16.0

@@ -172,6 +172,36 @@ def test_models_quantize_save_and_reload(
         assert config["ignore"] == ["re:.*gate$", "lm_head"]
 
 
+def test_experts_under_the_names_that_llm_compressor_gives_them(
+    saved: Callable[[Callable[[], Any]], Path], tmp_path: Path
+) -> None:
+    """llm-compressor 0.14 writes Mixtral's w1, w2, w3 as gate_proj, down_proj, up_proj."""
+    given = CompressedTensorsConfig(config_groups={"W4A16": ["Linear"]})
+    model = AutoModelForCausalLM.from_pretrained(saved(_mixtral), quantization_config=given)
+    model.save_pretrained(tmp_path / "out")
+    other = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    tensors = {
+        re.sub(r"(experts\.\d\.)(w\d)", lambda found: found[1] + other[found[2]], name): tensor
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
+    assert sum("experts.0.gate_proj" in name for name in tensors) == 3
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_embeddings_and_head_where_targets_name_them(
+    saved: Callable[[Callable[[], Any]], Path], tmp_path: Path
+) -> None:
+    groups = {"W8A16": ["Linear", "Embedding", "lm_head"]}
+    config = CompressedTensorsConfig(config_groups=groups)
+    model = AutoModelForCausalLM.from_pretrained(saved(_llama), quantization_config=config)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(_quantized(model))
+    model.save_pretrained(tmp_path / "out")
+    assert _config(tmp_path / "out")["ignore"] == []
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), _logits(model))
+
+
 def test_ignored_modules_stay_dense(saved: Callable[[Callable[[], Any]], Path], tmp_path: Path) -> None:
     config = CompressedTensorsConfig(
         config_groups={"W4A16": ["re:.*self_attn.*"], "FP8_DYNAMIC": ["re:.*down_proj$", "model.layers.1.mlp.up_proj"]},

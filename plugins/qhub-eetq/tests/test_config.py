@@ -84,12 +84,14 @@ def test_other_methods_layouts_become_int8_rows() -> None:
         "a.weight": Affine(out_features=64, in_features=128, bits=8, signed=True, grid=Grid("block", 1, 128)),
         "b.weight": Affine(out_features=64, in_features=100, bits=8, signed=True, grid=Grid("block", 1, 100)),
     }
-    adoption = qhub_adopt(layouts, {"modules_to_not_convert": ["lm_head"]})
-    assert type(adoption.config) is EetqConfig and adoption.config.modules_to_not_convert == ["lm_head"]
+    adoption = qhub_adopt(layouts, ["lm_head.weight", "x.weight"], {})
+    assert type(adoption.config) is EetqConfig and adoption.config.modules_to_not_convert == ["lm_head", "x"]
+    assert qhub_adopt(layouts, [], {}).config.modules_to_not_convert is None
+    assert qhub_adopt(layouts, ["x.weight"], {"modules_to_not_convert": ["y"]}).config.modules_to_not_convert == ["y"]
     assert adoption.layouts["a.weight"] == layouts["a.weight"]
     assert isinstance(adoption.layouts["b.weight"], Skip)
     with pytest.raises(ConfigError, match="modules_to_not_convert"):
-        qhub_adopt(layouts, {"modules_to_not_convert": 3})
+        qhub_adopt(layouts, [], {"modules_to_not_convert": 3})
 
 
 def test_the_plugin_is_found_and_the_doctor_speaks() -> None:

@@ -108,6 +108,26 @@ def test_static_scales_are_calibrated(llama, tmp_path, ids):
     assert float((logits(model, ids) - logits(dense, ids)).norm() / logits(dense, ids).norm()) < 0.2
 
 
+def test_mxfp8_files_with_scales_as_bytes(llama, write, ids):
+    def entries(prefix, weight):
+        scales = torch.exp2(weight.abs().reshape(-1, 1, 16).amax(-1).clamp_min(1e-6).log2().ceil() - 8)
+        blocks = scales.reshape(weight.shape[0], -1)
+        codes = (weight.reshape(*blocks.shape, 16) / blocks[..., None]).to(E4M3).reshape(weight.shape)
+        return {"weight": codes, "weight_scale_inv": blocks.to(torch.float8_e8m0fnu).view(torch.uint8)}
+
+    config = {"quant_method": "mxfp8", "weight_block_size": [1, 16], "scale_fmt": "ue8m0"}
+    dense = llama()
+    folder = write(dense, config, entries)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.hf_quantizer.method == "mxfp8"
+    # As above: weights and inputs to 2.6 %.
+    assert float((logits(model, ids) - logits(dense, ids)).norm() / logits(dense, ids).norm()) < 0.2
+    model.save_pretrained(folder.parent / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder.parent / "again")
+    assert again.config.quantization_config.quant_method == "mxfp8"
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
 def test_fbgemm_saves_and_loads(llama, tmp_path, ids):
     llama().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=FbgemmFp8Config())

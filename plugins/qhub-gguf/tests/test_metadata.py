@@ -129,6 +129,26 @@ def test_sizes_that_no_tensor_has(key: str, tiny: Callable[[str], Any], tmp_path
         config_of(GgufFile.open(tmp_path / "b.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gemma4", "attention.sliding_window_pattern", Value.of(Kind.ARRAY, [True], Kind.BOOL)),
+        ("gemma4", "attention.head_count_kv", Value.of(Kind.ARRAY, [2, 2, 2], Kind.INT32)),
+        ("lfm2", "attention.head_count_kv", Value.of(Kind.UINT32, 2)),
+        ("qwen3_5", "ssm.time_step_rank", Value.of(Kind.UINT32, 0)),
+        ("mamba", "embedding_length", Value.of(Kind.UINT32, 0)),
+    ],
+)
+def test_metadata_that_contradicts_itself(
+    name: str, key: str, value: Value, tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    file = save(tiny(name), tmp_path / "a.gguf")
+    architecture = file.get("general.architecture")
+    write_like(tmp_path / "b.gguf", file, metadata={**file.metadata, f"{architecture}.{key}": value})
+    with pytest.raises(CheckpointError, match=rf"b\.gguf: .*{architecture}"):
+        config_of(GgufFile.open(tmp_path / "b.gguf"))
+
+
 def test_what_a_file_cannot_say_is_said(tiny: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:
     config = tiny("qwen3_moe").config
     config.norm_topk_prob = False

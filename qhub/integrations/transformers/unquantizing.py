@@ -118,10 +118,18 @@ def _measure(source: Source, out: Path, report: Conversion, data: Any, samples: 
     after = type(source.model).from_pretrained(out)
     total = 0.0
     for text in texts:
-        wanted, found = (model(**text).logits.float().flatten(0, -2) for model in (before, after))
+        wanted, found = (_logits(model, text) for model in (before, after))
         total += float(kl_divergence(wanted, found).sum())
         report.tokens += wanted.shape[0]
     report.kl = total / max(report.tokens, 1)
+
+
+def _logits(model: Any, text: dict[str, Any]) -> torch.Tensor:
+    """Return the predictions (positions, vocabulary) in float32, on the CPU."""
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in text.items()
+    }
+    return model(**inputs).logits.float().flatten(0, -2).cpu()
 
 
 def _length(model: Any) -> int:

@@ -34,6 +34,7 @@ def spec() -> ConfigSpec:
         skip="ignore",
         always_default_skip=True,
         head="targets_head",
+        embeddings="targets_embeddings",
         presets={name: {"config_groups": {"group_0": preset(name, ["Linear"])}} for name in _SHOWN},
         from_options=from_options,
         record=record,

@@ -32,6 +32,14 @@ class CompressedTensorsConfig(quantization_config.CompressedTensorsConfig):
     @property
     def targets_head(self) -> bool:
         """Return whether a target names the output head, which is left alone otherwise."""
+        return any(matching_pattern(name, self._targets, ()) is not None for name in ("lm_head", "embed_out"))
+
+    @property
+    def targets_embeddings(self) -> bool:
+        """Return whether a target is the class of the input embeddings, or their usual name."""
+        return matching_pattern("model.embed_tokens", self._targets, ("Embedding",)) is not None
+
+    @property
+    def _targets(self) -> list[str]:
         groups = [group for group in (self.config_groups or {}).values() if isinstance(group, dict)]
-        targets = [target for group in groups for target in group.get("targets") or [] if isinstance(target, str)]
-        return any(matching_pattern(name, targets, ()) is not None for name in ("lm_head", "embed_out"))
+        return [target for group in groups for target in group.get("targets") or [] if isinstance(target, str)]

@@ -15,10 +15,11 @@ from functools import cache
 from qhub.plan import WeightInfo
 from qhub_compressed_tensors.scheme import Scheme
 
-__all__ = ["CLASSES", "matching_pattern", "names_of", "scheme_for"]
+__all__ = ["CLASSES", "EMBEDDING", "matching_pattern", "names_of", "scheme_for"]
 
 # torch's own classes of a linear layer and its bases; fused experts stand for as many linear layers.
 CLASSES = ("Linear", "Module")
+EMBEDDING = ("Embedding", "Module")
 
 
 @cache

@@ -9,7 +9,7 @@ from qhub.merging import AdapterPolicy
 from qhub.plan import LayerPlan, Skip, WeightInfo
 from qhub_compressed_tensors.config import schemes_of
 from qhub_compressed_tensors.layout import layout_of
-from qhub_compressed_tensors.matching import matching_pattern, names_of, scheme_for
+from qhub_compressed_tensors.matching import CLASSES, EMBEDDING, matching_pattern, names_of, scheme_for
 
 __all__ = ["merge_policy", "plan"]
 
@@ -19,13 +19,14 @@ def plan(config: Any, weights: Sequence[WeightInfo]) -> Mapping[str, LayerPlan |
     schemes = schemes_of(config)
     plans: dict[str, LayerPlan | Skip] = {}
     for weight in weights:
-        if weight.kind not in ("linear", "experts"):
-            plans[weight.name] = Skip(f"compressed-tensors stores no weight of a {weight.kind} layer")
+        if weight.kind == "conv1d":
+            plans[weight.name] = Skip("compressed-tensors stores no weight of a conv1d layer")
             continue
-        names = names_of(weight)
-        found = (matching_pattern(name, config.ignore or ()) for name in names)
+        names, classes = names_of(weight), EMBEDDING if weight.kind == "embedding" else CLASSES
+        found = (matching_pattern(name, config.ignore or (), classes) for name in names)
         ignored = next((pattern for pattern in found if pattern is not None), None)
-        scheme = next((one for one in (scheme_for(name, schemes) for name in names) if one is not None), None)
+        chosen = (scheme_for(name, schemes, classes) for name in names)
+        scheme = next((one for one in chosen if one is not None), None)
         if ignored is not None:
             plans[weight.name] = Skip(f"{ignored!r} in ignore")
         elif scheme is None:

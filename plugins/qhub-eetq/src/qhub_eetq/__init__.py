@@ -59,11 +59,11 @@ def qhub_format() -> Format:
 
 
 @hookimpl
-def qhub_adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption:
+def qhub_adopt(layouts: Mapping[str, Layout], others: Sequence[str], options: Mapping[str, Any]) -> Adoption:
     """Hold another method's numbers as int8 rows."""
     from qhub_eetq.adopting import adopt
 
-    return adopt(layouts, options)
+    return adopt(layouts, others, options)
 
 
 @hookimpl

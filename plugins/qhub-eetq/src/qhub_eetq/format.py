@@ -52,7 +52,8 @@ class EetqFormat(Format):
         scales = parts["scales"].to(torch.float16)
         if scales.device.type != "meta" and not torch.equal(scales.float(), parts["scales"].float()):
             raise LayoutError(
-                "EETQ's kernels take scales of float16, and these are not exact in it: quantize the model anew with eetq"
+                "EETQ's kernels take scales of float16, which does not hold these exactly: quantize the model anew "
+                "with eetq"
             )
         return {"weight": interleave(parts["qweight"]), "weight_scales": scales.reshape(n)}
 

@@ -1,4 +1,4 @@
-"""8- and 4-bit floats for qhub: the methods ``fp8``, ``fbgemm_fp8``, ``inc``, ``mxfp4`` and ``nvfp4``.
+"""8- and 4-bit floats for qhub: the methods ``fp8``, ``mxfp8``, ``fbgemm_fp8``, ``inc``, ``mxfp4`` and ``nvfp4``.
 
 Files::
 
@@ -10,6 +10,7 @@ Files::
     rounding.py    the numbers of every float8 method: scales, codes, scales of inputs
     format.py      the checkpoint entries of fp8's dialects
     entries.py     what the formats of this package share
+    mxfp8.py       mxfp8: fp8's files under another name
     fbgemm.py      fbgemm_fp8: rows under a scale each
     inc/           Intel Neural Compressor's vocabulary and workflow
     mxfp4.py       mxfp4: blocks and scales as gpt-oss files name them

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from qhub.errors import ConfigError
 from qhub.layouts import Activation, Float8, Grid, Layout, Stacked
 from qhub.layouts.float4 import MXFP4_GROUP, mxfp4
 
-__all__ = ["FORMATS", "SCHEMES", "Codes", "Settings", "float8_layout", "halves", "per_tensor", "settings_of"]
+__all__ = ["FORMATS", "SCHEMES", "Codes", "Settings", "float8_layout", "halves", "settings_of"]
 
 Codes = Literal["e4m3fn", "e5m2"]
 Scheme = Literal["dynamic", "static", "none"]
@@ -34,11 +32,6 @@ class Settings:
     format: Codes = "e4m3fn"
     powers_of_two: bool = False
     fp4_experts: bool = False
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Return the dtype of the weights' scales."""
-        return torch.float8_e8m0fnu if self.powers_of_two else torch.float32
 
     def activation(self, in_features: int) -> Activation:
         """Return how inputs of ``in_features`` are rounded: in groups as wide as the weights' blocks where those are
@@ -93,11 +86,6 @@ def float8_layout(
 def halves(name: str, out_features: int) -> int:
     """Return how many projections the fused experts ``name`` stack on top of each other: gate and up, or one."""
     return 2 if name.rpartition(".")[2] == "gate_up_proj" and out_features % 2 == 0 else 1
-
-
-def per_tensor(layout: Float8) -> bool:
-    """Return whether the whole matrix of ``layout`` has one scale."""
-    return layout.scale_shape == (1, 1)
 
 
 def settings_of(config: Any) -> Settings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qhub.errors import CheckpointError
 from qhub_gguf.container import GgufFile
 from qhub_gguf.metadata.configs import classic, decoders, gemma
 from qhub_gguf.metadata.configs.reading import Config, Model, decoder
@@ -25,7 +26,12 @@ def config_of(file: GgufFile) -> Config:
     """
     model = Model(file)
     model.check_sizes()
-    config = _FAMILIES.get(model.architecture, decoder)(model)
+    try:
+        config = _FAMILIES.get(model.architecture, decoder)(model)
+    except (ArithmeticError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.path}: the metadata of {model.architecture} is damaged or contradicts itself: {error!r}"
+        ) from error
     config.setdefault("model_type", ARCHITECTURES[model.architecture].model_types[0])
     if "architectures" not in config:
         config["architectures"] = [_CLASSES[config["model_type"]]]

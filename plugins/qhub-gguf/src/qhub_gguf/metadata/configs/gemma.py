@@ -45,10 +45,9 @@ def gemma4(model: Model) -> Config:
     full_size = model.integer("attention.key_length")
     kv_heads = model.get("attention.head_count_kv")
     if isinstance(kv_heads, list):
-        config["num_key_value_heads"] = next(heads for heads, swa in zip(kv_heads, pattern, strict=True) if swa)
-        config["num_global_key_value_heads"] = next(
-            heads for heads, swa in zip(kv_heads, pattern, strict=True) if not swa
-        )
+        by_layer = list(zip(kv_heads, pattern, strict=True))
+        config["num_key_value_heads"] = next(heads for heads, swa in by_layer if swa)
+        config["num_global_key_value_heads"] = next(heads for heads, swa in by_layer if not swa)
     widths = model.get("feed_forward_length")
     if isinstance(widths, list):
         config["intermediate_size"] = min(widths)

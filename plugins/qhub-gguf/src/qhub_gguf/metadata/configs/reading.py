@@ -23,11 +23,13 @@ class Model:
         self.prefix = str(file.get("general.architecture"))
 
     def check_sizes(self) -> None:
-        """Refuse sizes that no tensor of the file can have, before a model is built from them: buffers of a model may
-        be allocated after what its config says. Raises :class:`CheckpointError` naming the key."""
+        """Refuse sizes that no tensor of the file can have, before a model is built from them.
+
+        Buffers of a model may be allocated after what its config says. Raises :class:`CheckpointError` naming the key.
+        """
         tensors = self.file.tensors.values()
         largest = _SLACK * max((size for info in tensors for size in info.shape), default=0)
-        limits = {key: largest for key in _SIZES}
+        limits = dict.fromkeys(_SIZES, largest)
         limits |= dict.fromkeys(("block_count", "decoder_block_count", "nextn_predict_layers"), len(self.file.tensors))
         for key, limit in limits.items():
             value = self.get(key)
@@ -103,7 +105,7 @@ _SIZES = (
     "ssm.time_step_rank",
     "ssm.inner_size",
 )
-# GPT-2's inner width is written as four times the outer one whatever it is, and heads may be larger than what they read.
+# GPT-2's inner width is written as four times the outer one whatever it is.
 _SLACK = 8
 
 
