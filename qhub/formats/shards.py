@@ -33,14 +33,19 @@ _CHUNK = 1 << 24
 class ShardWriter:
     """Writes tensors into numbered files of about ``max_bytes`` in ``folder``, and gives each its header when it ends.
 
-    ``room``: bytes kept for a header; a file that needs more is ended and another begun. ``shards``: names of the
-    tensors in each finished file.
+    ``metadata``: what every header says besides its tensors. ``room``: bytes kept for the names of tensors; a file that
+    needs more is ended and another begun. ``shards``: names of the tensors in each finished file.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, room: int = 1 << 20) -> None:
-        self.folder, self.max_bytes, self.room = folder, max_bytes, room
+    def __init__(
+        self, folder: Path, max_bytes: int, metadata: Mapping[str, str] | None = None, room: int = 1 << 20
+    ) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
         self.shards: dict[Path, list[str]] = {}
-        self.metadata: dict[str, str] = {"format": "pt"}
+        # Sorted: the same model gives the same bytes.
+        self._metadata = dict(sorted({"format": "pt", **(metadata or {})}.items()))
+        self.room = room + len(json.dumps(self._metadata))
+        self._most = room
         self._file: BinaryIO | None = None
         self._header: dict[str, Any] = {}
         self._length = self._used = 0
@@ -58,7 +63,7 @@ class ShardWriter:
         """Append ``tensors``, all of them into one file."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         words = sum(len(name.encode()) + 160 for name in tensors)
-        full = self._length + size > self.max_bytes or self._used + words > self.room
+        full = self._length + size > self.max_bytes or self._used + words > self._most
         if self._file is not None and self._length and full:
             self.finish()
         for name, tensor in tensors.items():
@@ -88,7 +93,7 @@ class ShardWriter:
         """Fill in the header of the file being written."""
         if self._file is None:
             return
-        header = json.dumps({"__metadata__": self.metadata, **self._header}, separators=(",", ":")).encode()
+        header = json.dumps({"__metadata__": self._metadata, **self._header}, separators=(",", ":")).encode()
         if len(header) > self.room:
             raise CheckpointError(f"the header of {self._file.name} needs {len(header)} bytes, kept were {self.room}")
         with self._file as file:

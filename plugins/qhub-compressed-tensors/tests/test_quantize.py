@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qhub.errors import ConfigError
 from qhub.layouts.float4 import quantize_float4
+from qhub.layouts.powers import rounded_exponents
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -56,6 +57,16 @@ def test_a_weight_of_zeros(scheme: str, cases: dict[str, Any]) -> None:
     case.layout.validate(parts)
     case.layout.check_values(parts)
     assert float(case.layout.dequantize(parts).abs().max()) == 0
+
+
+def test_powers_of_two_follow_the_rounded_mantissa() -> None:
+    """1.75 and above counts as 2 for mantissas of one bit, 1.9375 for three (upstream adds to the float's bits)."""
+    values = torch.cat([torch.tensor([1.0, 1.74, 1.75, 1.93, 1.94, 6.99, 7.0, 0.0]), torch.rand(500) * 100])
+    for bits, largest, below in ((1, 6.0, 2), (3, 7.5, 2), (1, 448.0, 8)):
+        added = values.view(torch.int32) + (1 << (23 - bits - 1))
+        power = (added & 0x7F800000).view(torch.float32)
+        wanted = torch.where(values == 0, 1.0, power * 2.0**-below)
+        assert torch.equal(rounded_exponents(values, largest, bits).float(), wanted)
 
 
 def test_stored_zeros_of_inputs_are_refused(cases: dict[str, Any], dense: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import ConfigError, LayoutError, LossError
+from qhub.formats import Format
 from qhub.formats.shards import ShardWriter
 from qhub.integrations.transformers.conversion import Conversion, told
 from qhub.integrations.transformers.folders import copy_companions
@@ -94,12 +95,20 @@ class _Target:
             raise LossError(f"{method} cannot hold the numbers of other methods: its checkpoints come from it alone")
         layouts: dict[str, Layout] = {}
         self.losses: dict[str, str] = {}
+        self.parameters: dict[str, str] = {}
         for matrix in source.matrices():
             layouts[f"{matrix.prefix}.weight"] = matrix.layout.plain(matrix.parts)[0]
+            self.parameters[matrix.prefix] = matrix.parameter
         others = [name for name in source.infos() if name not in source.quantizer.plan]
-        adoption = registry.call(
-            method, "qhub_adopt", layouts=layouts, others=others, options=options, model_config=source.model.config
-        )
+        try:
+            adoption = registry.call(
+                method, "qhub_adopt", layouts=layouts, others=others, options=options, model_config=source.model.config
+            )
+        except ConfigError as error:
+            if options:
+                raise
+            # Nobody asked for settings: there are none under which these numbers fit.
+            raise LossError(f"{method} cannot hold the weights of {source.place}: {error}") from error
         self.config = adoption.config
         self.layouts: dict[str, Layout] = {}
         for name, layout in adoption.layouts.items():
@@ -123,21 +132,16 @@ class _Target:
         fmt = registry.call(self.method, "qhub_format", config=self.config)
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.converting-", dir=out.parent))
-        stored: dict[str, tuple[Layout, torch.dtype]] = {}
-        dense: list[str] = []
         try:
-            with ShardWriter(staging, byte_count(max_shard_size)) as writer:
+            with ShardWriter(staging, byte_count(max_shard_size), self._metadata(fmt)) as writer:
                 for matrix in self.source.matrices():
-                    layout, entries = self._entries(matrix, fmt)
-                    stored[matrix.parameter] = layout, self.source.dtype
+                    entries = self._entries(matrix, fmt)
                     if not self.losses:
                         writer.write(entries)
                 if self.losses:
                     raise _lost(self.source, self.method, self.losses)
                 for key, tensor in self.source.dense():
                     writer.write({key: tensor})
-                    dense.append(key)
-                writer.metadata |= fmt.metadata(stored, dense)
             name_shards(staging, writer.shards)
             self._configs(staging)
             publish(staging, out)
@@ -153,24 +157,33 @@ class _Target:
             self.losses[matrix.prefix] = str(error)
             return target, {}
 
-    def _entries(self, matrix: Matrix, fmt: Any) -> tuple[Layout, dict[str, Tensor]]:
+    def _metadata(self, fmt: Format) -> dict[str, str]:
+        """Return what the header of each file says. Raises :class:`LossError` where the format wants all experts of a
+        parameter in one tensor, which are not in memory together here."""
+        if fmt.always_stacks and any(self.source.infos()[name].experts for name in self.parameters.values()):
+            raise LossError(f"{self.method} files hold all experts in one tensor: load the model with it instead")
+        stored = {self.parameters[prefix]: (layout, self.source.dtype) for prefix, layout in self.layouts.items()}
+        rest = [name for name in self.source.model.state_dict() if name not in stored]
+        return dict(fmt.metadata(stored, rest))
+
+    def _entries(self, matrix: Matrix, fmt: Format) -> dict[str, Tensor]:
         """Return the file entries of one matrix, read back and compared; {} and a loss noted where that fails."""
         target, parts = self._translated(matrix)
         if not parts:
-            return target, {}
+            return {}
         try:
             entries = fmt.pack(target, parts, self.source.dtype)
         except LayoutError as error:
             self.losses[matrix.prefix] = str(error)
-            return target, {}
+            return {}
         expected = dict(fmt.entries(target))
         odd = [n for n, e in entries.items() if n not in expected or ((d := expected[n].dtypes) and e.dtype not in d)]
         again, back = fmt.unpack(target, entries) if not odd else (target, {})
         if odd or not torch.equal(again.dequantize(back), target.dequantize(parts)):
             names = ", ".join(odd) or "scales or zeros"
             self.losses[matrix.prefix] = f"{self.method} files cannot hold these {names} exactly"
-            return target, {}
-        return target, {f"{matrix.prefix}.{name}": entry for name, entry in entries.items()}
+            return {}
+        return {f"{matrix.prefix}.{name}": entry for name, entry in entries.items()}
 
     def _in_memory(self, out: Path, max_shard_size: int | str) -> int:
         """Translate a model in memory, packed, parameter by parameter: for methods whose files are no safetensors."""

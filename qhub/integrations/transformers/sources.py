@@ -110,14 +110,21 @@ class Source:
             for source in route.sources:
                 entries = {name: _read(tensor) for name, tensor in source.weight.entries.items()}
                 weight = build_weight(source, entries, self.dtype, fmt, None)
-                yield Matrix(source.weight.prefix, route.target.name, weight.quant_layout, dict(weight.parts))
+                if weight.ndim > 2:
+                    yield from self._singly(route.target.name, weight)
+                else:
+                    yield Matrix(source.weight.prefix, route.target.name, weight.quant_layout, dict(weight.parts))
 
     def _of_container(self) -> Iterator[Matrix]:
         for name, value in self.quantizer._state.items():
             if isinstance(value, QuantizedTensor):
-                for prefix, matrix in matrices_of(self.model, name, value, True).items():
-                    one: Any = matrix.t() if matrix.transposed else matrix
-                    yield Matrix(prefix, name, one.quant_layout, dict(one.parts))
+                yield from self._singly(name, value)
+
+    def _singly(self, name: str, weight: QuantizedTensor) -> Iterator[Matrix]:
+        """Yield the matrices of a parameter under the names that published checkpoints give them."""
+        for prefix, matrix in matrices_of(self.model, name, weight, True).items():
+            one: Any = matrix.t() if matrix.transposed else matrix
+            yield Matrix(prefix, name, one.quant_layout, dict(one.parts))
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Read everything else, by checkpoint key."""

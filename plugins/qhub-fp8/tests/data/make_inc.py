@@ -9,6 +9,7 @@ own model, and ``dequant.<parameter>``: what its layers dequantize to; ``measure
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ LAYERS = ("self_attn.k_proj", "mlp.down_proj")
 
 
 def main(source: str) -> None:
+    scratch = Path(tempfile.mkdtemp())
     for name, settings in CASES.items():
         target = HERE / name
         shutil.rmtree(target, ignore_errors=True)
@@ -34,7 +36,7 @@ def main(source: str) -> None:
         config = FP8Config(
             **settings,
             use_qdq=True,
-            dump_stats_path=f"/tmp/{name}/measured",
+            dump_stats_path=str(scratch / name / "measured"),
             blocklist={"names": ["lm_head"], "types": []},
             allowlist={"names": [], "types": ["Linear"]},
         )
@@ -50,7 +52,7 @@ def main(source: str) -> None:
             found[f"dequant.model.layers.0.{layer}.weight"] = own.dequant_weights(own.weight).t().contiguous()
         save(model, str(target))
         save_file(found, target / "reference.safetensors")
-        shutil.copyfile(f"/tmp/{name}/measured_hooks_maxabs.json", target / "measured.json")
+        shutil.copyfile(scratch / name / "measured_hooks_maxabs.json", target / "measured.json")
         for file in ("generation_config.json", "quantization_config.json"):
             (target / file).unlink(missing_ok=True)
         values = json.loads((target / "config.json").read_text())

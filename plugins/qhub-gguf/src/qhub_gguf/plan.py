@@ -42,16 +42,15 @@ def plan_weights(config: Any, weights: Sequence[WeightInfo], model_config: Any) 
 
 
 def tensor_types(config: Any, weights: Sequence[WeightInfo], model_config: Any) -> dict[str, str]:
-    """Return the name of a ggml type for each of ``weights``, by parameter."""
+    """Return the name of a ggml type for each of ``weights``, by parameter: the first tensor's where several make it
+    up."""
     from qhub_gguf.mixes import types_for
 
-    shapes = {weight.name: _shape(weight) for weight in weights}
+    by_name = {weight.name: weight for weight in weights}
     tensors = _tensor_names(weights, model_config)
-    by_tensor = {tensor: shapes[name] for name, tensor in tensors.items()}
-    chosen = types_for(
-        config.file_type, model_config, by_tensor, overrides=config.tensor_types, importance=weighs(config)
-    )
-    return {name: chosen[tensor] for name, tensor in tensors.items()}
+    shapes = {tensor: _shape(by_name[name], len(entries)) for name, entries in tensors.items() for tensor in entries}
+    chosen = types_for(config.file_type, model_config, shapes, overrides=config.tensor_types, importance=weighs(config))
+    return {name: chosen[entries[0]] for name, entries in tensors.items()}
 
 
 def weighs(config: Any) -> bool:
@@ -68,7 +67,7 @@ def importance_of(config: Any, name: str, expert: int | None) -> Tensor | None:
 def _importance(path: str, weights: Sequence[WeightInfo], model_config: Any) -> dict[str, Tensor]:
     matrix = ImportanceMatrix.read(path)
     tensors = _tensor_names(weights, model_config)
-    found = {weight.name: matrix.of(tensors[weight.name], weight.in_features) for weight in weights}
+    found = {weight.name: matrix.of(tensors[weight.name][0], weight.in_features) for weight in weights}
     known = {name: values for name, values in found.items() if values is not None}
     if not known:
         raise CheckpointError(
@@ -77,17 +76,18 @@ def _importance(path: str, weights: Sequence[WeightInfo], model_config: Any) -> 
     return known
 
 
-def _shape(weight: WeightInfo) -> tuple[int, ...]:
-    matrix = (weight.out_features, weight.in_features)
+def _shape(weight: WeightInfo, parts: int) -> tuple[int, ...]:
+    """Return the shape of one of ``parts`` tensors that make up a weight."""
+    matrix = (weight.out_features // parts, weight.in_features)
     return matrix if weight.experts is None else (weight.experts, *matrix)
 
 
-def _tensor_names(weights: Sequence[WeightInfo], model_config: Any) -> dict[str, str]:
-    """Return one tensor of the file for each parameter: the first, where several make it up."""
+def _tensor_names(weights: Sequence[WeightInfo], model_config: Any) -> dict[str, list[str]]:
+    """Return the tensors of the file that make up each parameter."""
     if model_config is None:
         # No model to ask: the names decide nothing but what they say themselves.
-        return {weight.name: weight.name for weight in weights}
+        return {weight.name: [weight.name] for weight in weights}
     names = Names.for_config(model_config)
     prefix = any(weight.name.startswith((names.base_prefix, "lm_head")) for weight in weights)
     found = names.of_model([weight.name for weight in weights], prefix)
-    return {name: entries[0].ggml for name, entries in found.items()}
+    return {name: [entry.ggml for entry in entries] for name, entries in found.items()}
