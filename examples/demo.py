@@ -153,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens to read; the protocol has 24")
+    parser.add_argument("--presets", type=int, default=2, help="how many of a method's presets, the usual ones first")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -167,7 +168,7 @@ def main() -> None:
         # A method without presets is measured with its defaults.
         presets = plugins.call(name, "qhub_config").presets or {"defaults": {}}
         if plugins.has(name, "qhub_quantize"):
-            jobs += [(name, preset, dict(values)) for preset, values in presets.items()]
+            jobs += [(name, preset, dict(values)) for preset, values in list(presets.items())[: arguments.presets]]
         else:
             silent.append(name)
     rows, pushed = [reference], None
