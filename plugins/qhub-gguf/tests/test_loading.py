@@ -269,8 +269,9 @@ def test_importance_lowers_the_error_where_it_is_said_to_matter(dense, tmp_path)
 
 
 def test_calibrating_weighs_errors_by_the_inputs(dense):
-    from qhub import quantize as quantize_live
     from qhub_gguf.config import GgufQuantConfig
+
+    from qhub import quantize as quantize_live
 
     samples = [{"input_ids": torch.randint(0, 100, (1, 32))} for _ in range(4)]
     model = AutoModelForCausalLM.from_pretrained(dense)
