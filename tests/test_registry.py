@@ -298,9 +298,9 @@ for name in ({names}):
 def test_importing_transformers_registers_the_methods(site):
     """A new name is added and one that transformers knows is taken over, without loading either plugin."""
     site("door_new", RAISES)
-    site("eetq", RAISES)
-    program = SERVED.format(names="'door_new', 'eetq', 'fp8'") + "import sys; print('mod_dist_eetq' in sys.modules)"
-    assert fresh(program).splitlines() == ["door_new qhub", "eetq qhub", "fp8 transformers", "False"]
+    site("vptq", RAISES)
+    program = SERVED.format(names="'door_new', 'vptq', 'higgs'") + "import sys; print('mod_dist_vptq' in sys.modules)"
+    assert fresh(program).splitlines() == ["door_new qhub", "vptq qhub", "higgs transformers", "False"]
 
 
 @pytest.mark.parametrize("first", ["torch", "transformers.quantizers.auto", "qhub.registry"])
@@ -310,16 +310,16 @@ def test_import_order_does_not_matter(first, site):
 
 
 def test_native_gives_a_name_back(site):
-    site("eetq", GOOD)
-    site("fp8", GOOD)
-    said = fresh(SERVED.format(names="'eetq', 'fp8'"), QHUB_NATIVE="eetq, something_else")
-    assert said.splitlines() == ["eetq transformers", "fp8 qhub"]
+    site("vptq", GOOD)
+    site("higgs", GOOD)
+    said = fresh(SERVED.format(names="'vptq', 'higgs'"), QHUB_NATIVE="vptq, something_else")
+    assert said.splitlines() == ["vptq transformers", "higgs qhub"]
 
 
 def test_autoload_can_be_turned_off(site):
     site("door_off", GOOD)
-    program = SERVED.format(names="'door_off', 'fp8'") + "import sys; print('qhub.registry' in sys.modules)"
-    assert fresh(program, QHUB_AUTOLOAD="0").splitlines() == ["door_off None", "fp8 transformers", "False"]
+    program = SERVED.format(names="'door_off', 'higgs'") + "import sys; print('qhub.registry' in sys.modules)"
+    assert fresh(program, QHUB_AUTOLOAD="0").splitlines() == ["door_off None", "higgs transformers", "False"]
 
 
 @pytest.mark.parametrize(

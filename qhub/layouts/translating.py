@@ -227,11 +227,13 @@ def _stored(name: str, values: Tensor, target: Any, nested: Nested | None) -> di
 
 def _gathered(values: Tensor, grid: Grid, name: str) -> Tensor:
     """Return one value for each group of ``grid`` from ``values`` (N, K) of single weights."""
-    groups = grid.split(values)
-    inside = grid.split(torch.ones_like(values)) > 0
-    dims = grid.member_dims
-    most = groups.masked_fill(~inside, -torch.inf).amax(dims)
-    least = groups.masked_fill(~inside, torch.inf).amin(dims)
+    groups, dims = grid.split(values), grid.member_dims
+    if grid.fits(*values.shape):
+        most, least = groups.amax(dims), groups.amin(dims)
+    else:
+        inside = grid.split(torch.ones_like(values)) > 0
+        most = groups.masked_fill(~inside, -torch.inf).amax(dims)
+        least = groups.masked_fill(~inside, torch.inf).amin(dims)
     if not torch.equal(most, least):
         raise LossError(f"{name} differ within the target's groups ({grid.kind} of {grid.rows}x{grid.cols})")
     return most

@@ -22,7 +22,6 @@ from qhub.formats import Format
 from qhub.formats.shards import ShardWriter
 from qhub.integrations.transformers.conversion import Conversion, told
 from qhub.integrations.transformers.folders import copy_companions
-from qhub.integrations.transformers.quantizer import PluginQuantizer, quantizer_for
 from qhub.integrations.transformers.recording import routers
 from qhub.integrations.transformers.saving import (
     matrices_of,
@@ -42,6 +41,10 @@ from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
 
 __all__ = ["Conversion", "convert"]
+
+
+# Of one matrix in a header, at most as usual, and the words about a tensor: a file that needs more is ended earlier.
+_ENTRIES, _WORDS = 6, 256
 
 
 def convert(
@@ -133,7 +136,8 @@ class _Target:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.converting-", dir=out.parent))
         try:
-            with ShardWriter(staging, byte_count(max_shard_size), self._metadata(fmt)) as writer:
+            room = sum(_ENTRIES * (len(prefix) + _WORDS) for prefix in self.layouts) + _WORDS * len(self._dense_names())
+            with ShardWriter(staging, byte_count(max_shard_size), self._metadata(fmt), room) as writer:
                 for matrix in self.source.matrices():
                     entries = self._entries(matrix, fmt)
                     if not self.losses:
@@ -163,8 +167,11 @@ class _Target:
         if fmt.always_stacks and any(self.source.infos()[name].experts for name in self.parameters.values()):
             raise LossError(f"{self.method} files hold all experts in one tensor: load the model with it instead")
         stored = {self.parameters[prefix]: (layout, self.source.dtype) for prefix, layout in self.layouts.items()}
-        rest = [name for name in self.source.model.state_dict() if name not in stored]
-        return dict(fmt.metadata(stored, rest))
+        return dict(fmt.metadata(stored, self._dense_names()))
+
+    def _dense_names(self) -> list[str]:
+        packed = set(self.parameters.values())
+        return [name for name in self.source.model.state_dict() if name not in packed]
 
     def _entries(self, matrix: Matrix, fmt: Format) -> dict[str, Tensor]:
         """Return the file entries of one matrix, read back and compared; {} and a loss noted where that fails."""
@@ -204,6 +211,8 @@ class _Target:
                 plan[name] = LayerPlan(target)
         if self.losses:
             raise _lost(source, self.method, self.losses)
+        from qhub.integrations.transformers.quantizer import quantizer_for
+
         quantizer = quantizer_for(self.method, False)(self.config, pre_quantized=True)
         quantizer.plan = plan
         quantizer.adopt(model)
@@ -222,9 +231,10 @@ class _Target:
 
     def _configs(self, staging: Path) -> None:
         from qhub.integrations.model_card import write_card
+        from qhub.integrations.transformers.quantizer import quantizer_for
 
         source, model = self.source, self.source.model
-        quantizer: PluginQuantizer = quantizer_for(self.method, False)(self.config, pre_quantized=True)
+        quantizer = quantizer_for(self.method, False)(self.config, pre_quantized=True)
         infos = source.infos()
         for matrix_name, layout in self.layouts.items():
             name = f"{matrix_name}.weight"
