@@ -78,6 +78,17 @@ def methods_table(result: dict[str, Any]) -> str:
     )
 
 
+def conversions_table(result: dict[str, Any]) -> str:
+    """Return the table of conversions: a check mark where every weight stays the number that it was."""
+    targets = list(dict.fromkeys(target for row in result["rows"].values() for target in row["targets"]))
+    rows = [["from", *(f"`{target}`" for target in targets)], ["---"] * (1 + len(targets))]
+    for title, row in result["rows"].items():
+        rows.append([title, *("✓" if row["targets"][target]["lossless"] else "–" for target in targets)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    note = f"{result['date']}, Python {result['python']}, {packages(result['versions'])}."
+    return "\n".join([*lines, "", note])
+
+
 def demo_table(rows: list[dict[str, Any]]) -> str:
     """Return the table of the demo."""
     lines = [
@@ -295,6 +306,8 @@ def render(file: Path) -> str:
         return filled(filled(text, "merging", merging_table()), "loftq", loftq_table())
     if file.name == "training.md":
         return filled(filled(text, "qlora", qlora_table()), "memory", memory_table())
+    if file.name == "converting.md":
+        text = filled(text, "conversions", conversions_table(json.loads((RESULTS / "conversions.json").read_text())))
     if file.name == "quality.md":
         text = filled(filled(text, "quality", quality_tables()), "ranking", ranking_table())
         return filled(text, "times", times_table())
@@ -304,7 +317,7 @@ def render(file: Path) -> str:
 
 
 def main() -> None:
-    pages = [ROOT / "docs" / name for name in ("quality.md", "training.md", "adapters.md")]
+    pages = [ROOT / "docs" / name for name in ("converting.md", "quality.md", "training.md", "adapters.md")]
     for file in (ROOT / "README.md", *pages):
         after = render(file)
         if "--check" not in sys.argv:

@@ -83,6 +83,14 @@ def test_awq_zeros_survive_gptq(tmp_path):
     assert_equal(weights(AWQ), weights(tmp_path / "awq"))
 
 
+@pytest.mark.parametrize("case", ["tiny-llama-b3-g128-act-asym-v2", "tiny-llama-b4-g32-act", "tiny-llama-b4-g32-asym"])
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+def test_zeros_and_orders_go_along(tmp_path, case, target):
+    source = ROOT / "qhub-gptq/tests/data" / case
+    assert convert(source, target, tmp_path / "out").lossless
+    assert_equal(weights(source), weights(tmp_path / "out"))
+
+
 def test_a_gguf_file_is_a_source(tmp_path, gptq):
     convert(gptq, "gguf", tmp_path / "gguf")
     assert convert(tmp_path / "gguf" / "model.gguf", "gptq", tmp_path / "gptq").lossless

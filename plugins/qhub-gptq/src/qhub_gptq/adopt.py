@@ -32,7 +32,9 @@ def adopt(layouts: Mapping[str, Layout], options: Mapping[str, Any]) -> Adoption
     }
     config = spec().parse({**values, "quant_method": "gptq"})
     check(config)
-    settings = Settings(config.bits, config.group_size, bool(config.sym), bool(config.desc_act))
+    settings = Settings(
+        bits=config.bits, group_size=config.group_size, sym=bool(config.sym), desc_act=bool(config.desc_act)
+    )
     adopted: dict[str, Layout | Skip] = {}
     for name, layout in layouts.items():
         if name in found.misfits:
