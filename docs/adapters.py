@@ -28,11 +28,14 @@ TOGETHER = {"merging": "merging", "unloading": "merging", "unloading safely": "m
 
 
 def record(rows: list[str]) -> None:
-    """Run the matrix, or some ``rows`` of it, and keep what it gives."""
+    """Run the matrix, or some ``rows`` of it (columns are given as ``column=NAME``), and keep what it gives."""
+    columns = [row.removeprefix("column=") for row in rows if row.startswith("column=")]
+    rows = [row for row in rows if not row.startswith("column=")]
     environment = {
         **os.environ,
         "QHUB_RECORD_ADAPTERS": str(RESULT),
         "QHUB_RECORD_ROWS": "\n".join(rows),
+        "QHUB_RECORD_COLUMNS": "\n".join(columns),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", TESTS, "-q", "-p", "no:cacheprovider"]

@@ -307,7 +307,7 @@ def render(file: Path) -> str:
     if file.name == "training.md":
         return filled(filled(text, "qlora", qlora_table()), "memory", memory_table())
     if file.name == "converting.md":
-        text = filled(text, "conversions", conversions_table(json.loads((RESULTS / "conversions.json").read_text())))
+        return filled(text, "conversions", conversions_table(json.loads((RESULTS / "conversions.json").read_text())))
     if file.name == "quality.md":
         text = filled(filled(text, "quality", quality_tables()), "ranking", ranking_table())
         return filled(text, "times", times_table())

@@ -114,7 +114,9 @@ class ConfigSpec:
 
         transformers hands over its own class where it has one for the name; a method whose class says more parses that.
         """
-        if isinstance(config, self.resolve()):
+        cls = self.resolve()
+        if isinstance(config, cls) or issubclass(cls, type(config)):
+            # Plain values would not do: data and tokenizers are left out of them.
             self.verify(config)
             return config
         return self.parse({key: value for key, value in config.to_dict().items() if value is not None})

@@ -106,8 +106,13 @@ def _field(key: str, value: Any) -> str:
     if key == "transforms":
         return "transforms " + " ".join(f"{transform.side}:{transform.kind}" for transform in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        said = [_field(name, one) for name, one in inner.items() if one not in (None, False, 0)]
+        inner = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
+        usual = key == "activation"
+        said = [
+            _field(name, one)
+            for name, (one, default) in inner.items()
+            if one not in (None, False, 0) and not (usual and one == default)
+        ]
         return f"{key} ({', '.join(said)})"
     if value is True:
         return key

@@ -37,6 +37,9 @@ BASES: dict[str, dict[str, Any] | Path] = {
     "gptq 4-bit act-order": dict(quant_method="gptq", bits=4, group_size=32, desc_act=True, sym=True),
     "gptq 3-bit asymmetric": dict(quant_method="gptq", bits=3, group_size=64, sym=False, format="gptq_v2"),
     "awq 4-bit": dict(quant_method="awq", bits=4, group_size=32, zero_point=True, version="gemm"),
+    "fp8 blocks": dict(quant_method="fp8", activation_scheme="none", weight_block_size=[32, 32]),
+    "gguf Q4_0": dict(quant_method="gguf", file_type="Q4_0", embeddings=False, output=False),
+    "quip E8P": ROOT / "plugins" / "qhub-quip" / "tests" / "data" / "tiny-llama",
     "aqlm 2x8": ROOT / "plugins" / "qhub-aqlm" / "tests" / "data" / "tiny-llama-2x8",
 }
 

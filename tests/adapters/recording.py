@@ -1,7 +1,7 @@
 """What the cells of the matrix gave, for the table in docs/adapters.md.
 
-``QHUB_RECORD_ADAPTERS=FILE`` writes it; with ``QHUB_RECORD_ROWS`` only these rows are run, and those that the file
-has already stay. ``python docs/adapters.py --record`` sets both, and makes the table of it.
+``QHUB_RECORD_ADAPTERS=FILE`` writes it; with ``QHUB_RECORD_ROWS`` or ``QHUB_RECORD_COLUMNS`` only these are run, and
+what the file has already stays. ``python docs/adapters.py --record`` sets them, and makes the table of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from .bases import BASES
 from .cases import Case
 
 __all__ = ["Record"]
@@ -38,10 +39,11 @@ class Record:
         if not wanted:
             return
         file = Path(wanted)
-        if os.environ.get("QHUB_RECORD_ROWS"):
+        if os.environ.get("QHUB_RECORD_ROWS") or os.environ.get("QHUB_RECORD_COLUMNS"):
             before = json.loads(file.read_text(encoding="utf-8"))
             self.tuners = {**before["tuners"], **self.tuners}
-            self.rows = {**before["rows"], **self.rows}
+            names = [*before["rows"], *(row for row in self.rows if row not in before["rows"])]
+            self.rows = {row: _ordered({**before["rows"].get(row, {}), **self.rows.get(row, {})}) for row in names}
         result = {
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
@@ -50,3 +52,7 @@ class Record:
             "rows": self.rows,
         }
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _ordered(cells: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    return {column: cells[column] for column in BASES if column in cells}

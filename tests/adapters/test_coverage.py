@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
+from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from qhub.plan import LayerPlan
+from qhub.registry import registry
 
 from .bases import BASES, ROOT, parsed
 from .matrix import CASES, COLUMNS, ROWS
@@ -48,23 +53,39 @@ def test_every_variant_of_lora_has_a_row() -> None:
     )
 
 
-def test_every_method_of_the_repository_has_a_column() -> None:
+def test_every_layout_that_a_method_plans_has_a_column() -> None:
+    """What a tuner meets is the layout: one method per kind of layout stands for the others."""
+    used = set()
+    for values in BASES.values():
+        if isinstance(values, dict):
+            used |= _kinds(values["quant_method"], parsed(values))
     methods = set()
     for file in ROOT.glob("plugins/*/pyproject.toml"):
         points = tomllib.loads(file.read_text(encoding="utf-8"))["project"].get("entry-points", {})
         methods |= set(points.get("qhub.plugins", {}))
-    assert methods, "no plugin found"
-    used = set()
-    for values in BASES.values():
-        if isinstance(values, dict):
-            used.add(values["quant_method"])
-            parsed(values)
-        else:
-            from transformers import AutoConfig
+    assert len(methods) > 10
+    for method in sorted(methods):
+        spec = registry.call(method, "qhub_config")
+        if not registry.has(method, "qhub_quantize"):
+            continue
+        for preset, values in (spec.presets or {"defaults": {}}).items():
+            kinds = _kinds(method, spec.parse({**values, "quant_method": method}))
+            assert kinds, f"{method} {preset} plans nothing"
+            assert kinds <= used, f"no column stands for {sorted(kinds - used)} of {method} {preset}"
 
-            used.add(AutoConfig.from_pretrained(values).quantization_config["quant_method"])
-    missing = methods - used
-    assert not missing, f"the matrix has no column for {sorted(missing)}: add a model to tests/adapters/bases.py"
+
+def _kinds(method: str, config: Any) -> set[str]:
+    """Return the kinds of layouts that ``method`` plans for a tiny Llama."""
+    from transformers import AutoModelForCausalLM
+
+    from qhub.integrations.transformers.weights import find_weights
+    from qhub.testing.conformance.models import build_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_config("llama", 256))
+    weights = [info for name, info in find_weights(model).items() if "lm_head" not in name]
+    answer = registry.call(method, "qhub_plan", config=config, weights=weights, model_config=model.config)
+    return {planned.layout.kind for planned in answer.values() if isinstance(planned, LayerPlan)}
 
 
 def test_rows_are_named_once() -> None:

@@ -10,8 +10,9 @@ import pytest
 from .cases import Case
 from .matrix import Matrix, cells, is_slow
 
-# Rows that are recorded anew, one a line; none: all.
+# Rows and columns that are recorded anew, one a line; none: all.
 _WANTED = os.environ.get("QHUB_RECORD_ROWS", "").splitlines()
+_COLUMNS = os.environ.get("QHUB_RECORD_COLUMNS", "").splitlines()
 
 
 def _parameters() -> list[object]:
@@ -23,7 +24,7 @@ def _parameters() -> list[object]:
             marks=(pytest.mark.slow,) if is_slow(case, column) else (),
         )
         for case, column in cells()
-        if not _WANTED or case.name in _WANTED
+        if (not _WANTED or case.name in _WANTED) and (not _COLUMNS or column in _COLUMNS)
     ]
 
 
