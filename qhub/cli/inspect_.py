@@ -145,7 +145,7 @@ def _modules(model: Any) -> list[dict[str, Any]]:
 
 def _shown(data: dict[str, Any], modules: bool) -> list[Any]:
     rows: list[list[str]] = [["method", data["method"] or "none: not quantized"]]
-    on_disk = f"{size(data['bytes_on_disk'])} in {data['files']} safetensors file{'s' if data['files'] > 1 else ''}"
+    on_disk = f"{size(data['bytes_on_disk'])} in {data['files']} weight file{'s' if data['files'] > 1 else ''}"
     if not data["plugin"]:
         rows.append(["on disk", on_disk])
         if data["method"]:
