@@ -114,12 +114,15 @@ class ConfigSpec:
 
         transformers hands over its own class where it has one for the name; a method whose class says more parses that.
         """
-        cls = self.resolve()
-        if isinstance(config, cls) or issubclass(cls, type(config)):
-            # Plain values would not do: data and tokenizers are left out of them.
+        if isinstance(config, self.resolve()):
             self.verify(config)
             return config
-        return self.parse({key: value for key, value in config.to_dict().items() if value is not None})
+        adopted = self.parse({key: value for key, value in config.to_dict().items() if value is not None})
+        # Plain values leave out data and tokenizers.
+        for name, value in vars(config).items():
+            if value is not None and getattr(adopted, name, value) is None:
+                setattr(adopted, name, value)
+        return adopted
 
     def verify(self, config: Any) -> None:
         """Raise :class:`ConfigError` if ``config`` asks for something that the method does not offer."""
