@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def find_weights(model: Any, embeddings: bool = False) -> dict[str, WeightInfo]:
         if module is table and isinstance(module, nn.Embedding):
             name, weight = _join(prefix, "weight"), module.weight
             found[name] = WeightInfo(name, weight.shape[0], weight.shape[1], weight.dtype, "embedding")
-        elif type(module) in (nn.Linear, QuantLinear):
+        elif type(module) in (nn.Linear, QuantLinear) or _is_linear(module.__class__):
             name, weight = _join(prefix, "weight"), module.weight
             found[name] = WeightInfo(name, module.out_features, module.in_features, weight.dtype)
         elif isinstance(module, Conv1D):
@@ -52,6 +53,32 @@ def find_weights(model: Any, embeddings: bool = False) -> dict[str, WeightInfo]:
                 n, k = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
                 found[name] = WeightInfo(name, n, k, weight.dtype, "experts", weight.shape[0], transposed)
     return found
+
+
+@cache
+def _is_linear(cls: Any) -> bool:
+    """Return whether a model's own subclass of ``nn.Linear`` computes what that does (Falcon's, but for rounding).
+
+    Found by trying: a small one is made, and its output compared. Torch's own subclasses are not tried, as others read
+    their weights.
+    """
+    if not issubclass(cls, nn.Linear) or cls.__module__.startswith(("torch.", "qhub.", "peft.")):
+        return False
+    if {"__init__", "weight", "bias"} & set(vars(cls)):
+        return False
+    # In the middle of loading: another default device and dtype, weights left as the memory was, and a random state
+    # that is not ours.
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trial = cls(4, 3).float()
+        trial.weight.copy_(torch.linspace(-2, 2, 12).reshape(3, 4))
+        trial.bias.copy_(torch.linspace(1, 2, 3))
+        x = torch.linspace(-1, 1, 8, dtype=torch.float32).reshape(2, 4)
+        try:
+            found = trial(x)
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return False
+        expected = nn.functional.linear(x, trial.weight, trial.bias)
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
 
 
 def _holds_experts(module: nn.Module) -> bool:
