@@ -90,10 +90,15 @@ def draw(rows: list[Row], base: float, file: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=120)
+    figure, axes = plt.subplots(figsize=(9.5, 5.2), dpi=120)
     for order, method in enumerate(dict.fromkeys(row.method for row in rows)):
         points = [row for row in rows if row.method == method]
-        axes.scatter([p.bits for p in points], [p.perplexity for p in points], s=48, label=method, zorder=3)
+        # Ten colours, then the same ones in another shape.
+        shape = "osD^"[order // 10 % 4]
+        axes.scatter(
+            [p.bits for p in points], [p.perplexity for p in points],
+            s=48, label=method, zorder=3, color=f"C{order % 10}", marker=shape,
+        )  # fmt: skip
         for point in points:
             near = [r for r in rows if abs(r.bits - point.bits) < 0.5 and 0.8 < r.perplexity / point.perplexity < 1.25]
             if len(near) > 3:
@@ -113,7 +118,7 @@ def draw(rows: list[Row], base: float, file: Path) -> None:
     axes.set_ylabel("perplexity (log scale)")
     axes.set_title("doclm-5m, every installed method")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
