@@ -109,8 +109,8 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
             f"{row['kl_mean']:.4f} | {100 * row['top1']:.2f} % |"
         )
     note = (
-        f"doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt, {_PRESETS} presets of a method at most (the "
-        "picture has all); `make demo` reads 6 windows and adds the speeds of your machine."
+        f"doclm-5m, 24 windows of 512 tokens of examples/text/eval_mix.txt, {_PRESETS} presets of a method at most "
+        "(the picture has all); `make demo` reads 6 windows and adds the speeds of your machine."
     )
     return "\n".join([*lines, "", note])
 
