@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qhub_gguf.container import GgufFile
 from qhub_gguf.metadata import config_of, tokenizer_of
@@ -177,6 +177,7 @@ def test_truncated_files(share: float, data: Path, tmp_path_factory: pytest.Temp
 
 
 @settings(max_examples=150, deadline=None)
+@example(changes=[(790, 128)])  # a token that is no UTF-8
 @given(changes=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damaged_files(changes: list[tuple[int, int]], data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any byte of the head may be wrong: the file opens, or one error says what is wrong."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qhub.errors import CheckpointError, UnsupportedError
+from qhub.errors import CheckpointError, QhubError, UnsupportedError
 from qhub_gguf.container import GgufFile
 from qhub_gguf.metadata.splitting import IGNORE_MERGES, pre_tokenizer_of
 from qhub_gguf.metadata.vocabulary import CONTROL, SPECIAL, UNKNOWN, USER_DEFINED
@@ -32,10 +32,16 @@ def tokenizer_of(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     kind = file.get("tokenizer.ggml.model")
     if kind not in _BUILDERS:
         raise UnsupportedError(f"{file.path}: tokenizer.ggml.model is {kind!r}; those known are {sorted(_BUILDERS)}")
-    tokenizer = _BUILDERS[kind](vocabulary)
-    _add_tokens(tokenizer, vocabulary, kind)
     named = vocabulary.special()
-    _surround(tokenizer, vocabulary, named, kind)
+    try:
+        tokenizer = _BUILDERS[kind](vocabulary)
+        _add_tokens(tokenizer, vocabulary, kind)
+        _surround(tokenizer, vocabulary, named, kind)
+    except QhubError:
+        raise
+    except Exception as error:
+        # The tokenizers library has no error class of its own: what it refuses comes as a bare Exception too.
+        raise CheckpointError(f"{file.path}: its entries make no tokenizer: {error}") from error
     kwargs: dict[str, Any] = {f"{short}_token": vocabulary.tokens[number] for short, number in named.items()}
     # Said as None, or transformers invents <s> and </s>.
     kwargs = {**dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token")), **kwargs}
@@ -56,6 +62,12 @@ class _Vocabulary:
         self.types: list[int] = self.array("token_type") or [1] * len(self.tokens)
         self.scores: list[float] = self.array("scores") or [0.0] * len(self.tokens)
         self.merges: list[str] = self.array("merges")
+        for key in ("tokens", "merges"):
+            texts = self.tokens if key == "tokens" else self.merges
+            for number, text in enumerate(texts):
+                # Bytes that are no UTF-8 come out of the file as lone surrogates.
+                if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise CheckpointError(f"{file.path}: tokenizer.ggml.{key}[{number}] is no UTF-8: {text!r}")
         for name, array in (("token_type", self.types), ("scores", self.scores)):
             if len(array) != len(self.tokens):
                 raise CheckpointError(
