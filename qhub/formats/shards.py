@@ -7,6 +7,7 @@ spaces, then the tensors' bytes one after the other.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from qhub.errors import CheckpointError
+from qhub.errors import CheckpointError, ConfigError
 
-__all__ = ["ShardWriter"]
+__all__ = ["ShardWriter", "byte_count"]
 
 # safetensors/src/tensor.rs, enum Dtype.
 _NAMES = {
@@ -27,7 +28,23 @@ _NAMES = {
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _CHUNK = 1 << 24
+
+
+def byte_count(size: int | str) -> int:
+    """Return the bytes that ``size`` names: a number, or text with a unit (``"5GB"``, ``"60KB"``, ``"2GiB"``).
+
+    Raises :class:`ConfigError` for any other text.
+    """
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper().removesuffix("B")
+    digits = text.rstrip("KMGTI")
+    try:
+        return math.ceil(float(digits) * _UNITS[text[len(digits) :]])
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{size!r} is no size: give bytes, or a number with KB, MB, GB, KiB, ...") from error
 
 
 class ShardWriter:

@@ -20,7 +20,7 @@ from qhub.integrations.peft.observing import Observed, observing
 from qhub.integrations.transformers import companions
 from qhub.integrations.transformers.folders import model_class, weight_files
 from qhub.integrations.transformers.memory import Releaser
-from qhub.integrations.transformers.saving import name_shards, publish
+from qhub.integrations.transformers.saving import name_shards, publish, write_model_config
 from qhub.integrations.transformers.streaming import open_on_disk
 from qhub.merging import MergedLayer, MergeReport
 from qhub.tensor import QuantizedTensor
@@ -199,7 +199,4 @@ def _write_config(model: Any, staging: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     companions.forget(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(staging)
-    if model.can_generate():
-        model.generation_config.save_pretrained(staging)
+    write_model_config(model, config, staging)

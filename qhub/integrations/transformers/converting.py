@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qhub.errors import ConfigError, LayoutError, LossError
 from qhub.formats import Format
-from qhub.formats.shards import ShardWriter
+from qhub.formats.shards import ShardWriter, byte_count
 from qhub.integrations.transformers.conversion import Conversion, told
 from qhub.integrations.transformers.folders import copy_companions
 from qhub.integrations.transformers.recording import routers
@@ -31,7 +31,7 @@ from qhub.integrations.transformers.saving import (
     write_companion,
 )
 from qhub.integrations.transformers.sources import Matrix, Source
-from qhub.integrations.transformers.unquantizing import DENSE, byte_count, quantize_anew, write_config, write_dense
+from qhub.integrations.transformers.unquantizing import DENSE, quantize_anew, write_config, write_dense
 from qhub.integrations.transformers.weights import set_tensor
 from qhub.layouts import Layout
 from qhub.layouts.translating import translate

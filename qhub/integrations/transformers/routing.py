@@ -151,8 +151,7 @@ class _Names:
         self.converters = [c for c in conversions if isinstance(c, host.WeightConverter)]
         self.by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
         self.meta = model.state_dict()
-        architectures = model.config.architectures or []
-        self.same_class = not architectures or type(model).__name__ in architectures
+        self.same_class = _same_class(model)
 
     def of(self, key: str) -> tuple[str, str | None]:
         """Return the parameter that ``key`` goes to, and the pattern of the conversion on the way (None without
@@ -220,14 +219,19 @@ class _Names:
         return problems + [f"{name} is missing" for name in missing_names(self.model, covered)]
 
 
+def _same_class(model: Any) -> bool:
+    """Return whether the checkpoint was written by the class of ``model``, for all that its config says."""
+    architectures = model.config.architectures or []
+    return not architectures or type(model).__name__ in architectures
+
+
 def missing_names(model: Any, covered: set[str]) -> list[str]:
     """Return the parameters and buffers of ``model`` that a checkpoint should have, and has not with those
     ``covered``."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     excused = _expressions(model, "_keys_to_ignore_on_load_missing")
     prefix = model.base_model_prefix
-    architectures = model.config.architectures or []
-    same_class = not architectures or type(model).__name__ in architectures
+    same_class = _same_class(model)
     missing = []
     for name in model.state_dict():
         partners = {tied.get(name, name), *(key for key, value in tied.items() if value == name)}

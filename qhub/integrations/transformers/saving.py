@@ -27,7 +27,15 @@ from qhub.registry import registry
 from qhub.sharding import QuantizedShard
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["entries_of_model", "matrices_of", "name_shards", "publish", "save_quantized"]
+__all__ = [
+    "dtype_name",
+    "entries_of_model",
+    "matrices_of",
+    "name_shards",
+    "publish",
+    "save_quantized",
+    "write_model_config",
+]
 
 logger = logging.getLogger("qhub")
 
@@ -188,11 +196,16 @@ def save_container(model: Any, folder: Path, max_shard_size: int | str) -> None:
             raise error.__cause__ from None
         raise
     described = copy.deepcopy(model.config)
-    described.architectures = [type(model).__name__]
     described.dtype = dtype_name(model.dtype)
     # transformers' name for the file, where its own config class has one.
     described.quantization_config = {**config.to_dict(), "gguf_file": files[0].name}
-    described.save_pretrained(folder)
+    write_model_config(model, described, folder)
+
+
+def write_model_config(model: Any, config: Any, folder: Path) -> None:
+    """Write ``config`` into ``folder``, with the class that save_pretrained would name, and the generation config."""
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,20 +11,19 @@ from typing import Any
 import torch
 
 from qhub.errors import CheckpointError, ConfigError, UnsupportedError
-from qhub.formats.shards import ShardWriter
+from qhub.formats.shards import ShardWriter, byte_count
 from qhub.integrations.transformers.conversion import Conversion
 from qhub.integrations.transformers.folders import copy_companions
-from qhub.integrations.transformers.saving import name_shards, publish
+from qhub.integrations.transformers.saving import dtype_name, name_shards, publish, write_model_config
 from qhub.integrations.transformers.sources import Source
 from qhub.registry import registry
 
-__all__ = ["DENSE", "byte_count", "quantize_anew", "write_config", "write_dense"]
+__all__ = ["DENSE", "quantize_anew", "write_config", "write_dense"]
 
 logger = logging.getLogger("qhub")
 
 # The target that is no method: weights as numbers.
 DENSE = "dense"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def write_dense(
@@ -55,12 +53,8 @@ def write_dense(
 
 
 def write_config(source: Source, config: Any, staging: Path) -> None:
-    config.architectures = [type(source.model).__name__]
-    config.dtype = str(source.dtype).removeprefix("torch.")
-    config.save_pretrained(staging)
-    model = source.model
-    if model.can_generate():
-        model.generation_config.save_pretrained(staging)
+    config.dtype = dtype_name(source.dtype)
+    write_model_config(source.model, config, staging)
     generation = source.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, staging / generation.name)
@@ -134,14 +128,3 @@ def _logits(model: Any, text: dict[str, Any]) -> torch.Tensor:
 
 def _length(model: Any) -> int:
     return min(256, getattr(model.config.get_text_config(), "max_position_embeddings", 256) or 256)
-
-
-def byte_count(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper().removesuffix("B")
-    digits = text.rstrip("KMGTI")
-    try:
-        return math.ceil(float(digits) * _UNITS[text[len(digits) :]])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{size!r} is no size: give bytes, or a number with KB, MB, GB, KiB, ...") from error

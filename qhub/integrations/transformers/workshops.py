@@ -20,7 +20,13 @@ from qhub.calibration.report import LayerReport
 from qhub.integrations.model_card import write_card
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.recording import record_config
-from qhub.integrations.transformers.saving import entries_of_model, name_shards, publish, write_companion
+from qhub.integrations.transformers.saving import (
+    entries_of_model,
+    name_shards,
+    publish,
+    write_companion,
+    write_model_config,
+)
 from qhub.integrations.transformers.weights import put_layers, set_tensor
 from qhub.layouts import Layout
 from qhub.layouts.transforms import with_input_scale
@@ -249,13 +255,9 @@ class FolderWorkshop:
         model.config.quantization_config = self._quantizer.quantization_config
         model.hf_quantizer = self._quantizer
         model.is_quantized = True
-        # The class that save_pretrained would name.
-        model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         record_config(model, self._quantizer)
-        model.config.save_pretrained(staging)
-        if model.can_generate():
-            model.generation_config.save_pretrained(staging)
+        write_model_config(model, model.config, staging)
         write_companion(model, staging)
         write_card(model, staging)
         (staging / "calibration.json").write_text(json.dumps(report.as_data(), indent=1) + "\n")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import CheckpointError, UnsupportedError
+from qhub.formats.shards import byte_count
 from qhub.layouts import Layout, Stacked
 from qhub.layouts.blocks import Blocks
 from qhub.tensor import QuantizedTensor
@@ -23,15 +24,13 @@ __all__ = ["save"]
 
 logger = logging.getLogger("qhub")
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
 
 def save(
     config: Any, model: Any, folder: Path, container: GgufContainer | None, max_shard_size: int | str
 ) -> list[Path]:
     """Write ``model`` into ``folder``; ``container``: the file it was loaded from, None if it was quantized."""
     if container is None:
-        return _new(config, model, folder / "model.gguf", _bytes(max_shard_size))
+        return _new(config, model, folder / "model.gguf", byte_count(max_shard_size))
     else:
         names, prefix = names_of(model, architecture_of(container.file))
         state = _state(model)
@@ -178,11 +177,3 @@ def _tokenizer(model: Any) -> Any:
             error,
         )
         return None
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper().removesuffix("B")
-    digits = text.rstrip("KMGTI")
-    return int(float(digits) * _UNITS[text[len(digits) :]])
