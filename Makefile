@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Two test processes with one thread each are faster on two cores than one with two.
 JOBS ?= 2
 
-.PHONY: install demo test test-all check format tables clean
+.PHONY: install demo test test-all check format tables gpu-test gpu-bench clean
 
 install: $(STAMP)
 
@@ -42,5 +42,16 @@ format: $(STAMP)
 tables: $(STAMP)
 	$(BIN)/python docs/tables.py
 
+# On a machine with a card: correctness of everything that runs there.
+gpu-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu plugins/qhub-triton/tests
+
+# On a machine with a card: its own docs/performance.md, in gpu-bench. Peers that are installed take part.
+gpu-bench: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.grid --out gpu-bench/gpu_grid.json --rows all --warm 8 --host
+	$(BIN)/python -m benchmarks.gpu.end_to_end --out gpu-bench/gpu_end_to_end.json
+	$(BIN)/python benchmarks/gpu_generate.py --out gpu-bench/gpu_generate.json
+	$(BIN)/python -m benchmarks.gpu.report --results gpu-bench --docs gpu-bench
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out gpu-bench

@@ -16,12 +16,14 @@ from qhub.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec, MethodConfig
+    from qhub.decoding import optimize
     from qhub.errors import QhubError
     from qhub.integrations.peft.loftq import loftq_init
     from qhub.integrations.peft.merging import merge
     from qhub.integrations.transformers.converting import convert
     from qhub.integrations.transformers.quantize import quantize
     from qhub.kernels import explain
+    from qhub.kernels.tune import tune
     from qhub.modules import QuantLinear
     from qhub.registry import Registry
     from qhub.registry import registry as plugins
@@ -41,8 +43,10 @@ __all__ = [
     "hookimpl",
     "loftq_init",
     "merge",
+    "optimize",
     "plugins",
     "quantize",
+    "tune",
 ]
 
 # Where each public name lives: "module:name". A name never equals that of a submodule of this package, whose import
@@ -55,9 +59,11 @@ _HOMES = {
     "QuantizedTensor": "qhub.tensor:QuantizedTensor",
     "Registry": "qhub.registry:Registry",
     "explain": "qhub.kernels.explanation:explain",
+    "tune": "qhub.kernels.tune:tune",
     "loftq_init": "qhub.integrations.peft.loftq:loftq_init",
     "convert": "qhub.integrations.transformers.converting:convert",
     "merge": "qhub.integrations.peft.merging:merge",
+    "optimize": "qhub.decoding.optimizing:optimize",
     "plugins": "qhub.registry:registry",
     "quantize": "qhub.integrations.transformers.quantize:quantize",
 }

@@ -189,6 +189,15 @@ class QuantizerPlugin:
         library to answer.
         """
 
+    @hookspec
+    def qhub_decoding(self, device: str) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Offer fused operations of a decode step on devices of the type ``device``.
+
+        Called: broadcast, once per process and device type, when a model's first decode step is set up. Returns
+        ``{operation: "module:function"}`` for operations of :mod:`qhub.decoding.operations`, whose functions are the
+        contracts; they are compared with the model's own code before they are used. None: none for this device.
+        """
+
     # -- tooling: broadcast ------------------------------------------------------------------------------------------
 
     @hookspec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,16 @@ class QuantLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        # Straight from where nn.Module keeps them saves a microsecond; a parametrization moves them elsewhere.
+        own = self._parameters
+        if "weight" in own and "bias" in own:
+            weight: Any = own["weight"]
+            bias = own["bias"]
+        else:
+            weight, bias = self.weight, self.bias
         if not isinstance(weight, QuantizedTensor):
-            return nn.functional.linear(input, weight, self.bias)
-        return linear(input, weight, self.bias)
+            return nn.functional.linear(input, weight, bias)
+        return linear(input, weight, bias)
 
     def extra_repr(self) -> str:
         kind = self.weight.quant_layout.kind if isinstance(self.weight, QuantizedTensor) else "dense"

@@ -114,7 +114,7 @@ class QuantizedTensor(torch.Tensor):
             setattr(self, f"part_{name}", part)
 
     def _like(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None, **changes: Any) -> QuantizedTensor:
-        return self._wrap(
+        result = self._wrap(
             changes.get("layout", self.quant_layout),
             parts,
             dtype or self.dtype,
@@ -122,6 +122,10 @@ class QuantizedTensor(torch.Tensor):
             self.policy,
             changes.get("transposed", self.transposed),
         )
+        if parts is self.parts and result.quant_layout is self.quant_layout:
+            # An alias of the same tensors: what kernels made of them serves it too.
+            result.memo = self.memo
+        return result
 
     # -- what it stands for ------------------------------------------------------------------------------------------
 
@@ -156,6 +160,9 @@ class QuantizedTensor(torch.Tensor):
             for name, part in self.parts.items():
                 if written[name] is not part:
                     part.copy_(written[name])
+                # What kernels made of the old codes; below autograd no version counts a write.
+                part.__dict__.pop("_qhub_bound", None)
+        self.memo.clear()
         return self
 
     def check_gradients(self, *values: Any) -> None:

@@ -25,6 +25,7 @@ from qhub.cli.merge import merge
 from qhub.cli.new_plugin import new_plugin
 from qhub.cli.output import fail, json_wanted, working
 from qhub.cli.quantize import quantize
+from qhub.cli.tune import tune
 from qhub.errors import QhubError
 from qhub.registry import KERNEL_GROUP, METHOD_GROUP, PluginInfo, registry
 
@@ -156,4 +157,5 @@ app.command("convert")(convert)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
 app.command("explain")(explain)
+app.command("tune")(tune)
 app.command("new-plugin")(new_plugin)

@@ -1,4 +1,4 @@
-"""``qhub explain``: which kernel every quantized layer takes for how many rows, and why the others were refused."""
+"""``qhub explain``: which kernel every quantized layer takes for how many rows, in what time, and why not another."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def explain(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Explain which kernel multiplies each quantized layer, and why others were refused.
+    """Explain which kernel multiplies each quantized layer, and why others do not.
 
     M is the number of rows of the input: 1 when one sequence is decoded,
     batch times length when a prompt is read. The model is loaded, and each
-    kernel that could be used is compared with the reference first.
+    kernel that could be used is compared with the reference first. Times are
+    those that were measured on such a card (qhub tune measures this one), or
+    by neighbours in size, or guessed: that is said beside them.
     QHUB_KERNEL=name forces one.
 
     \b

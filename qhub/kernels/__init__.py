@@ -1,11 +1,18 @@
 """Kernels: what they declare, how one is chosen, and the product that every quantized layer runs.
 
-spec.py       what a kernel says of itself (data)
-reference.py  dequantize and multiply, without constraints
-dispatch.py   filter, admit, choose; reasons kept
-dense.py      the dense weight, decoded in pieces
-linear.py     eager call, autograd, compiled operator
-explain.py    the choices of a whole model, for people
+spec.py           what a kernel says of itself (data)
+reference.py      dequantize and multiply, without constraints
+dispatch.py       filter, admit, choose; reasons kept
+admission.py      what agrees with the reference
+binding.py        a kernel bound to one weight
+linear.py         eager call, autograd, compiled operator
+dense.py          the dense weight, decoded in pieces or by a kernel
+dense_kernels.py  which kernel that is
+ordering.py       which kernel is fastest for which M: measured, interpolated, guessed
+tables.py         measured times on disk; signature.py is their key, cards/ those that are shipped
+roofline.py       guesses; hardware.py says what a card can do
+tune.py           measures; timing.py is the clock, standard.py makes the tables that are shipped
+explanation.py    the choices of a whole model, for people
 """
 
 from __future__ import annotations

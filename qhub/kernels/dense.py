@@ -1,10 +1,12 @@
-"""The dense weight of a quantized one, decoded a few rows at a time: float32 temporaries stay small beside it."""
+"""The dense weight of a quantized one: by a kernel made for it, or a few rows at a time, so that float32 temporaries
+stay small beside it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from qhub.kernels.dense_kernels import decoder
 from qhub.layouts import Layout, Parts
 from qhub.layouts.chunks import chunk_size
 from qhub.layouts.keys import layout_key
@@ -16,11 +18,15 @@ _steps: dict[tuple[str, str], int | None] = {}
 
 
 def dense(layout: Layout, parts: Parts, dtype: torch.dtype) -> Tensor:
-    """Return what ``layout.dequantize(parts, dtype)`` returns, bit for bit, in less memory where rows can be cut.
+    """Return what ``layout.dequantize(parts, dtype)`` returns, in less memory where rows can be cut.
 
-    ``parts``: of one (N, K) matrix. On its way a decoded weight takes a dozen bytes; here only those of a piece do.
+    ``parts``: of one (N, K) matrix. On its way a decoded weight takes a dozen bytes; here only those of a piece do. The
+    same bits, unless a kernel is there for it (:mod:`qhub.kernels.dense_kernels`): its may lie one rounding away.
     """
     device = next(iter(parts.values())).device
+    decode = decoder(layout, parts, dtype)
+    if decode is not None:
+        return decode(layout, parts, dtype)
     rows, cols = layout.out_features, layout.in_features
     if rows * cols <= chunk_size(device) or device.type == "meta":
         return layout.dequantize(parts, dtype)

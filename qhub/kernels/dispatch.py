@@ -1,4 +1,5 @@
-"""Chooses the kernel of a layer: filter once, keep every reason, admit only what matches the reference.
+"""Chooses the kernel of a layer: filter once, keep every reason, admit only what matches the reference, take the
+fastest.
 
 The choice is made per (layout, device, dtype) and kept; at run time it is one comparison of M. ``QHUB_KERNEL=name``
 forces a kernel and never falls back.
@@ -9,28 +10,38 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from qhub.errors import KernelError
-from qhub.kernels import reference, scaled_mm
-from qhub.kernels.spec import KernelSpec, Problem
+from qhub.errors import KernelError, UnsupportedError
+from qhub.kernels import dense_kernels, scaled_mm
+from qhub.kernels.admission import disagreement
+from qhub.kernels.binding import Runner
+from qhub.kernels.hardware import Card, card_name, nominal
+from qhub.kernels.ordering import Clock, Timing, ordered
+from qhub.kernels.spec import REFERENCE, KernelSpec, Problem
+from qhub.kernels.tables import Table, load, shipped_file, user_file
 from qhub.layouts import Layout, Parts
 from qhub.registry import registry
 
-__all__ = ["REFERENCE", "Choice", "choose", "forget", "kernels", "resolve"]
+__all__ = [
+    "REFERENCE",
+    "Choice",
+    "admit",
+    "choose",
+    "clock",
+    "current",
+    "forced",
+    "forget",
+    "kernels",
+    "resolve",
+    "tables",
+]
 
-REFERENCE = "reference"
-# Rows of a tall matrix that are compared with the reference in one piece.
-_BAND = 1024
-
-# Relative Frobenius error up to which a kernel counts as equal to the reference. Both round their output once to the
-# input's dtype (half an ulp each: 2^-9 for bf16, 2^-12 for fp16) and may round the weight to it too; 2^-6 and 2^-9
-# leave a factor of four. An int8 activation rounds x to 1/254 of its absmax in both, so that rounding cancels.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6, torch.float64: 1e-6}
+SECOND_COPY = "keeps a second copy of the weight: only under QHUB_KERNEL={name}, or after qhub tune --bridges"
 
 LinearFunction = Callable[[Tensor, Layout, Parts, "Tensor | None"], Tensor]
 
@@ -40,11 +51,13 @@ class Choice:
     """Is the answer for one layer: kernels by rising M, and why the others were refused.
 
     ``steps``: (largest M, kernel name, function), the last without a limit. ``refused``: {kernel name: reason}.
+    ``times``: {largest M of a range: what could be taken there, the best first}.
     """
 
     problem: Problem
-    steps: list[tuple[float, str, LinearFunction]]
+    steps: Sequence[tuple[float, str, LinearFunction]]
     refused: dict[str, str] = field(default_factory=dict)
+    times: dict[float, list[Timing]] = field(default_factory=dict)
 
     def pick(self, m: int) -> LinearFunction:
         """Return the function for inputs of ``m`` rows."""
@@ -58,12 +71,15 @@ class Choice:
         return next(name for limit, name, _ in self.steps if m <= limit)
 
 
-# Raised by forget(): choices remembered elsewhere under an older number are void.
+# Raised by forget(), and where QHUB_KERNEL is found changed: choices remembered elsewhere under an older number are
+# void.
 epoch = 0
 
 _lock = threading.RLock()
 _offered: dict[str, KernelSpec] | None = None
-_choices: dict[tuple[Problem, str | None], Choice] = {}
+_choices: dict[tuple[Problem, str, str | None], Choice] = {}
+_tables: dict[str, tuple[Table | None, Table | None]] = {}
+_forced: str | None = os.environ.get("QHUB_KERNEL") or None
 
 
 def kernels() -> dict[str, KernelSpec]:
@@ -91,123 +107,123 @@ def kernels() -> dict[str, KernelSpec]:
 
 
 def forget() -> None:
-    """Drop offers and choices, so that plugins installed or kernels registered since are seen."""
+    """Drop offers, choices and measurements, so that what was installed, registered or measured since is seen."""
     global _offered, epoch
     with _lock:
         _offered = None
         _choices.clear()
+        _tables.clear()
+        dense_kernels.forget()
         epoch += 1
+        forced()
+
+
+def forced() -> str | None:
+    """Return the kernel that ``QHUB_KERNEL`` names, read anew; layers that have chosen look again when it changed."""
+    global _forced, epoch
+    wanted = os.environ.get("QHUB_KERNEL") or None
+    if wanted != _forced:
+        _forced = wanted
+        epoch += 1
+    return wanted
+
+
+def current() -> str | None:
+    """Return the kernel that ``QHUB_KERNEL`` named when it was last read."""
+    return _forced
+
+
+def tables(card: str) -> tuple[Table | None, Table | None]:
+    """Return the user's measurements on a card and those shipped; None where there are none."""
+    with _lock:
+        if card not in _tables:
+            _tables[card] = load(user_file(card)), load(shipped_file(card))
+        return _tables[card]
 
 
 def choose(layout: Layout, parts: Parts, dtype: torch.dtype) -> Choice:
     """Return the kernels for a layer with ``parts`` and inputs of ``dtype``; decided once, then looked up.
 
-    Raises :class:`KernelError` when ``QHUB_KERNEL`` names a kernel that does not exist or cannot run here.
+    Raises :class:`KernelError` when ``QHUB_KERNEL`` names a kernel that does not exist or cannot run here, and
+    :class:`UnsupportedError` when inputs of ``dtype`` cannot be multiplied.
     """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise UnsupportedError(
+            f"the input is {str(dtype).removeprefix('torch.')}: a quantized weight stands for real numbers, cast the "
+            "input to a float dtype first"
+        )
     device = next(iter(parts.values())).device
     problem = Problem(layout, device.type, dtype)
-    forced = os.environ.get("QHUB_KERNEL") or None
+    wanted = forced()
+    key = (problem, card_name(device), wanted)
     with _lock:
-        choice = _choices.get((problem, forced))
+        choice = _choices.get(key)
         if choice is None:
-            choice = resolve(problem, parts, forced)
+            choice = resolve(problem, parts, wanted)
             # A meta device decides nothing: values are missing to compare with the reference.
             if device.type != "meta":
-                _choices[problem, forced] = choice
+                _choices[key] = choice
         return choice
 
 
 def resolve(problem: Problem, parts: Parts, forced: str | None = None) -> Choice:
     """Filter all kernels for ``problem``, compare the rest with the reference on ``parts``, and order them by M."""
+    runners, refused = admit(problem, parts, forced)
+    if forced is not None and forced in refused:
+        raise KernelError(f"QHUB_KERNEL={forced}: {refused[forced]} (layout {problem.layout.describe()})")
+    if forced is None or forced == REFERENCE:
+        runners.append(Runner(dense_kernels.reference_spec(problem, parts)))
+    steps, times = ordered(runners, clock(problem, parts), forced is not None)
+    return Choice(problem, steps, refused, times)
+
+
+def admit(
+    problem: Problem, parts: Parts, forced: str | None = None, bridges: bool = False
+) -> tuple[list[Runner], dict[str, str]]:
+    """Return the kernels that take ``problem`` and agree with the reference, and why the others do not.
+
+    ``bridges``: those too that keep a second copy of the weight and that nobody asked for.
+    """
     refused: dict[str, str] = {}
-    admitted: list[tuple[KernelSpec, LinearFunction]] = []
+    admitted: list[Runner] = []
     if forced is not None and forced != REFERENCE and forced not in kernels():
         raise KernelError(f"QHUB_KERNEL={forced}: no such kernel; there are {[REFERENCE, *kernels()]}")
+    own = tables(card_name(next(iter(parts.values())).device))[0]
+    known = clock(problem, parts)
     for spec in kernels().values():
+        if spec.role != "linear":
+            continue
         if forced is not None and spec.name != forced:
             refused[spec.name] = f"QHUB_KERNEL={forced}"
             continue
+        runner = None
         try:
             reason = spec.refusal(problem)
-            function = spec.function() if reason is None else None
-            if function is not None and problem.device != "meta":
-                reason = _disagreement(function, problem, parts)
+            if reason is None and spec.prepare and not (forced or bridges or known.measured(own, spec)):
+                reason = SECOND_COPY.format(name=spec.name)
+            if reason is None:
+                runner = Runner(spec)
+                if problem.device != "meta":
+                    rows = [m for m in spec.probes if spec.max_m is None or m <= spec.max_m] or [1]
+                    run = runner.bind(problem.layout, parts, problem.dtype)
+                    reason = disagreement(run, problem.layout, parts, problem.dtype, rows)
+        except UnsupportedError as error:
+            # What a kernel finds in the tensors, and not in the layout.
+            reason = str(error)
         except Exception as error:
             reason = f"failed: {type(error).__name__}: {error}"
             if forced is None:
                 warnings.warn(f"the kernel {spec.name!r} {reason}; another one is used", RuntimeWarning, stacklevel=3)
         if reason is not None:
             refused[spec.name] = reason
-        elif function is not None:
-            admitted.append((spec, function))
-    if forced is not None and forced in refused:
-        raise KernelError(f"QHUB_KERNEL={forced}: {refused[forced]} (layout {problem.layout.describe()})")
-    return Choice(problem, _steps(admitted, forced), refused)
+        elif runner is not None:
+            admitted.append(runner)
+    return admitted, refused
 
 
-def _steps(
-    admitted: list[tuple[KernelSpec, LinearFunction]], forced: str | None
-) -> list[tuple[float, str, LinearFunction]]:
-    steps: list[tuple[float, str, LinearFunction]] = []
-    reached = 0.0
-    unlimited = float("inf")
-    candidates = sorted(admitted, key=lambda item: -item[0].rank)
-    while reached < unlimited:
-        able = [(spec, run) for spec, run in candidates if (spec.max_m or unlimited) > reached]
-        if not able:
-            break
-        spec, run = able[0]
-        reached = spec.max_m or unlimited
-        if forced is not None:
-            reached = unlimited
-        steps.append((reached, spec.name, run))
-    if not steps or steps[-1][0] < unlimited:
-        steps.append((unlimited, REFERENCE, reference.linear))
-    return steps
-
-
-def _disagreement(function: LinearFunction, problem: Problem, parts: Parts) -> str | None:
-    """Return how the kernel differs from the reference on random input and this layer's own weight; None when it does
-    not."""
+def clock(problem: Problem, parts: Parts) -> Clock:
+    """Return what tells the times of kernels for a layer: the user's measurements, those shipped, guesses."""
     device = next(iter(parts.values())).device
-    layout, dtype = problem.layout, problem.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, layout.in_features, generator=generator).to(device, dtype)
-    bias = torch.randn(layout.out_features, generator=generator).to(device, dtype)
-    bands = _bands(layout, parts)
-    with torch.no_grad():
-        for rows in (1, 3):
-            # Anew for each: which columns of an int8 input stay unrounded depends on all of its rows.
-            found = function(x[:rows].contiguous(), layout, parts, bias)
-            if found.shape != (rows, layout.out_features) or found.dtype != dtype:
-                return f"returned {tuple(found.shape)} {found.dtype}, expected {(rows, layout.out_features)} {dtype}"
-            wanted = [reference.linear(x[:rows], cut, own, bias[where]) for where, cut, own in bands]
-            expected = torch.cat(wanted, dim=-1).double()
-            seen = torch.cat([found[:, where] for where, _, _ in bands], dim=-1).double()
-            error = (seen - expected).norm() / expected.norm().clamp_min(1e-30)
-            if not float(error) <= _TOLERANCE.get(dtype, 1e-4):
-                warnings.warn(
-                    f"a kernel gave a wrong result (relative error {float(error):.2e} against the reference) and is "
-                    "not used",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-                return f"differs from the reference: relative error {float(error):.2e}"
-    return None
-
-
-def _bands(layout: Layout, parts: Parts) -> list[tuple[slice, Layout, Parts]]:
-    """Return the rows to compare, each with layout and parts of theirs: all, or the first, the middle and the last of a
-    matrix so tall that the reference would take seconds and hold all of it dense (an output head)."""
-    n = layout.out_features
-    whole: list[tuple[slice, Layout, Parts]] = [(slice(0, n), layout, parts)]
-    if n <= 4 * _BAND:
-        return whole
-    middle = n // 2 // _BAND * _BAND
-    bands: list[tuple[slice, Layout, Parts]] = []
-    for start, stop in ((0, _BAND), (middle, middle + _BAND), (n - n % _BAND - _BAND, n)):
-        cut = layout.select_rows(parts, start, stop)
-        if cut is None:
-            return whole
-        bands.append((slice(start, stop), *cut))
-    return bands
+    found = [table for table in tables(card_name(device)) if table is not None]
+    card: Card = found[0].card if found else nominal(device)
+    return Clock(problem, parts, card, found)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qhub.kernels import dispatch
+from qhub.kernels.binding import Bound
 from qhub.kernels.dense import dense
-from qhub.kernels.dispatch import Choice, choose
+from qhub.kernels.dispatch import choose
 from qhub.layouts import Layout, Parts
 from qhub.layouts.keys import layout_key, layout_of
 
@@ -23,7 +24,7 @@ def linear_parts(
     parts: Parts,
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    memo: dict[Any, Choice] | None = None,
+    memo: dict[Any, Any] | None = None,
     key: str | None = None,
 ) -> Tensor:
     """Return ``x @ W.T + bias`` for x (..., K), in x's dtype; gradients flow to x and bias, never to the parts.
@@ -52,28 +53,44 @@ def linear_parts(
 
 def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` for a 2-D :class:`qhub.QuantizedTensor` held as (out, in)."""
+    # The short way: this weight has multiplied such an input before, and nothing asks for a gradient or another dtype.
+    if not torch.compiler.is_compiling():
+        dtype = x.dtype
+        bound = weight.memo.get(dtype)
+        if (
+            bound is not None
+            and bound.epoch == dispatch.epoch
+            and (weight.compute_dtype is None or weight.compute_dtype == dtype)
+            and x.__class__ is Tensor
+            and (bias is None or bias.dtype == dtype)
+            and not torch.is_autocast_enabled(bound.device_type)
+            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            return bound(x, bias)
     return linear_parts(x, weight.quant_layout, weight.parts, bias, weight.compute_dtype, weight.memo, weight.key)
 
 
 def _forward(
-    x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None, memo: dict[Any, Choice] | None = None
+    x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None, memo: dict[Any, Any] | None = None
 ) -> Tensor:
-    if x.shape[-1] != layout.in_features:
-        raise ValueError(f"the input has {x.shape[-1]} features, the quantized weight takes {layout.in_features}")
-    flat = x.reshape(-1, layout.in_features)
-    m = flat.shape[0]
-    if m == 0:
-        return x.new_empty(*x.shape[:-1], layout.out_features)
+    return _bound(layout, parts, x.dtype, memo)(x, bias)
+
+
+def _bound(layout: Layout, parts: Parts, dtype: torch.dtype, memo: dict[Any, Any] | None) -> Bound:
+    """Return the kernels bound to a weight; made anew where the choice may have changed."""
+    found = None if memo is None else memo.get(dtype)
+    if found is not None and found.epoch == dispatch.epoch:
+        return found
+    choice = choose(layout, parts, dtype)
     if memo is None:
-        choice = choose(layout, parts, x.dtype)
-    else:
-        key = (x.dtype, dispatch.epoch, os.environ.get("QHUB_KERNEL"))
-        found = memo.get(key)
-        choice = memo[key] = choose(layout, parts, x.dtype) if found is None else found
-    run = choice.pick(m)
-    y = run(flat.contiguous(), layout, parts, bias)
-    # Not a view: autograd lets nobody add in place to a view that a function of ours returned, and adapters do.
-    return torch.ops.aten._unsafe_view.default(y.contiguous(), (*x.shape[:-1], layout.out_features))
+        return Bound(choice, layout, parts, {}, dispatch.epoch)
+    if any(isinstance(one, Bound) and one.epoch != dispatch.epoch for one in memo.values()):
+        memo.clear()
+    bound = Bound(choice, layout, parts, memo, dispatch.epoch)
+    # A meta device decides nothing.
+    if bound.device_type != "meta":
+        memo[dtype] = bound
+    return bound
 
 
 def _times(v: Tensor, layout: Layout, parts: Parts, transposed: bool) -> Tensor:
@@ -90,7 +107,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None, memo: dict[Any, Choice] | None
+        ctx: Any, x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None, memo: dict[Any, Any] | None
     ) -> Tensor:
         ctx.layout = layout
         ctx.names = tuple(parts)
@@ -131,11 +148,22 @@ def _unkey(key: str, parts: list[Tensor]) -> tuple[Layout, dict[str, Tensor]]:
     return layout, dict(zip(names, parts, strict=True))
 
 
+def _memo_of(parts: list[Tensor], key: str) -> dict[Any, Any]:
+    """Return where compiled code, which has the tensors of a weight and not the weight, keeps what was bound to them:
+    with the first of them."""
+    rest = parts[1:]
+    kept = getattr(parts[0], "_qhub_bound", None)
+    if kept is None or kept[0] != key or len(kept[1]) != len(rest) or any(map(operator.is_not, kept[1], rest)):
+        kept = (key, rest, {})
+        parts[0]._qhub_bound = kept  # type: ignore[attr-defined]
+    return kept[2]
+
+
 @torch.library.custom_op("qhub::linear", mutates_args=())
 def _linear_op(x: Tensor, parts: list[Tensor], layout: str, out_features: int, bias: Tensor | None) -> Tensor:
     described, named = _unkey(layout, parts)
     # An operator may not return a view of its input; every kernel makes a new tensor, and so does the empty case.
-    return _forward(x, described, named, bias)
+    return _forward(x, described, named, bias, _memo_of(parts, layout))
 
 
 @_linear_op.register_fake

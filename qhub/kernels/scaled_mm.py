@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhub.kernels.spec import KernelSpec, Problem
+from qhub.kernels.spec import Cost, KernelSpec, Problem
 from qhub.layouts import Float8, Layout, Parts
 from qhub.layouts.activations import float8_input
 
@@ -29,6 +29,9 @@ SPEC = KernelSpec(
     activations=frozenset(),
     accepts=f"{__name__}:accepts",
     rank=20,
+    # H100, N = K = 8192, its quantization of the input included, which takes some launches.
+    cost=Cost(bandwidth=0.75, rate=0.7, unit="byte", tile=64, launch=15e-6),
+    packages=("torch",),
 )
 
 

@@ -1,11 +1,13 @@
-"""What a kernel says of itself, as data: where it runs, on which layouts, for how many rows."""
+"""What a kernel says of itself, as data: where it runs, on which layouts, for how many rows, at about what speed."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+from qhub.kernels.roofline import Cost
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
     LinearFunction = Callable[[Tensor, Layout, Parts, Tensor | None], Tensor]
 
-__all__ = ["KernelSpec", "Problem"]
+__all__ = ["REFERENCE", "Cost", "KernelSpec", "Problem"]
+
+# The kernel that is always there: the weight dequantized, then multiplied (qhub.kernels.reference).
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Declares a kernel: ``y = x @ W.T (+ bias)`` for one kind of layout.
+    """Declares a kernel: ``y = x @ W.T (+ bias)`` for one kind of layout, or the dense W itself.
 
     ``name``: unique. ``impl``: ``"module:function"`` called as ``function(x, layout, parts, bias)`` with x (M, K)
     contiguous, returning (M, N) in x's dtype; imported on first use. ``layout``: the layout's kind. ``devices``: device
@@ -38,8 +43,27 @@ class KernelSpec:
     ``transforms``: whether it takes layouts with transforms. ``activations``: activation schemes it computes, by
     :attr:`qhub.layouts.Activation.scheme`; empty: those that ``accepts`` lets through.
     ``accepts``: ``"module:function"`` called with the :class:`Problem`, returning a reason to refuse or None; for what
-    data cannot say. ``rank``: among kernels that no measurement has ordered, the highest goes first; the reference has
-    0. ``version``: raise it when results or speed change.
+    data cannot say. ``rank``: among kernels whose time nobody knows, the highest goes first; the reference has 0.
+    ``version``: raise it when results or speed change: measurements of older ones are void.
+
+    ``role``: ``"linear"``, or ``"dense"`` for a kernel that returns the dense weight: ``impl`` is then called as
+    ``function(layout, parts, dtype)`` and returns (N, K) in ``dtype``; ``dtypes`` are those it can return,
+    ``activations`` and ``max_m`` say nothing. Every value must lie within one rounding of
+    :meth:`qhub.layouts.Layout.dequantize`'s.
+    ``probes``: the M at which it is compared with the reference before it is used: one for each way it has to compute.
+    ``cost``: from which its time is guessed on a card where nobody measured it; None: no guess.
+    ``packages``: whose versions a measurement depends on ("triton").
+    ``tunables``: ``"module:function"`` called as ``(problem, parts, m)``, returning {name: config} that tuning measures
+    for inputs of m rows besides the kernel's own choice; a config is a dict of plain JSON values. ``impl`` is called
+    with ``config=<dict>`` where a measurement chose one, and without where none did.
+    ``bind``: ``"module:function"`` called once per weight as ``(layout, parts, dtype)``, with ``config=<dict>`` where
+    one was chosen, returning ``function(x, bias)``, which is called instead of ``impl`` from then on. It may keep the
+    tensors of ``parts``, their shapes, strides and dtypes; neither addresses nor values, which change when a weight is
+    written into or its memory is given back for a while.
+    ``prepare``: ``"module:function"`` called once per weight as ``(layout, parts, dtype)``, returning named tensors:
+    the weight in the kernel's own form, which ``impl`` and ``bind`` get in the place of ``parts``. It is made anew when
+    the weight is written into. A second form is a second copy in memory, so such a kernel is used only when
+    ``QHUB_KERNEL`` names it or the user measured it (``qhub tune --bridges``).
     """
 
     name: str
@@ -55,6 +79,18 @@ class KernelSpec:
     accepts: str | None = None
     rank: int = 1
     version: int = 1
+    role: Literal["linear", "dense"] = "linear"
+    probes: tuple[int, ...] = (1, 3)
+    cost: Cost | None = None
+    packages: tuple[str, ...] = ()
+    tunables: str | None = None
+    bind: str | None = None
+    prepare: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Return the name under which measurements of the kernel are kept."""
+        return f"{self.name}:{self.version}"
 
     def refusal(self, problem: Problem) -> str | None:
         """Return why the kernel cannot take ``problem``; None when it can."""
@@ -71,7 +107,7 @@ class KernelSpec:
             return f"takes {sorted(self.bits)} bits, not {bits}"
         if layout.transforms and not self.transforms:
             return f"takes no transforms, this has {[f'{t.side} {t.kind}' for t in layout.transforms]}"
-        if self.activations and layout.activation.scheme not in self.activations:
+        if self.role == "linear" and self.activations and layout.activation.scheme not in self.activations:
             return f"computes activations {sorted(self.activations)}, not {layout.activation.scheme!r}"
         for name, multiple in self.divides:
             value = {"N": layout.out_features, "K": layout.in_features}.get(name)
@@ -86,7 +122,7 @@ class KernelSpec:
         return self.load(self.impl)
 
     @staticmethod
-    def load(path: str) -> Callable:
+    def load(path: str) -> Callable[..., Any]:
         """Return the function that ``"module:function"`` names."""
         module, _, name = path.partition(":")
         return getattr(importlib.import_module(module), name)

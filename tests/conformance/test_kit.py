@@ -351,7 +351,7 @@ CORE = {
         "get_memory_footprint says",
     ),
     "every kernel believed": Sabotage(
-        "qhub.kernels.dispatch:_disagreement",
+        "qhub.kernels.dispatch:disagreement",
         lambda ours: lambda *arguments: None,
         "test_wrong_kernel_is_refused",
         "was not refused",

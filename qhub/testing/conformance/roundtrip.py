@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qhub.kernels.dispatch import _TOLERANCE as TOLERANCE
+from qhub.kernels.admission import TOLERANCE
 from qhub.layouts import Layout
 from qhub.modules import QuantLinear
 from qhub.testing.conformance.models import INPUT

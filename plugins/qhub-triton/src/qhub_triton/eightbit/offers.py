@@ -1,0 +1,34 @@
+"""What this area's kernels say of themselves, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qhub.kernels import KernelSpec
+
+__all__ = ["offers"]
+
+
+def offers() -> list[KernelSpec]:
+    """Return the products with inputs in 8 bits: float8 and int8."""
+    from qhub.kernels import Cost, KernelSpec
+
+    return [
+        KernelSpec(
+            name=f"triton-{name}",
+            impl="qhub_triton.eightbit.linear:linear",
+            bind="qhub_triton.eightbit.linear:bind",
+            layout=layout,
+            devices=frozenset({"cuda", "xpu"}) if name == "int8" else frozenset({"cuda"}),
+            dtypes=frozenset({"bfloat16", "float16"}),
+            activations=frozenset(),
+            accepts=f"qhub_triton.eightbit.accepting:{name}",
+            tunables="qhub_triton.eightbit.choosing:tunables",
+            probes=(1, 3, 70),
+            packages=("triton",),
+            cost=Cost(bandwidth=0.9, rate=0.6, unit="byte", tile=16, launch=5e-6),
+            rank=30,
+        )
+        for name, layout in (("float8", "float8"), ("int8", "affine"))
+    ]

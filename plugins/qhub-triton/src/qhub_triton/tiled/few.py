@@ -1,0 +1,164 @@
+"""The product for few rows of input: every weight is read once, straight into the registers of the matrix units.
+
+A program computes 16 * TALL rows of the output, its warps share the columns among them, and each warp reads 16-byte pieces
+of a tile that are the fragments its matrix unit wants: the order of K is chosen to that end, for the codes and the input
+alike, which a sum over K does not mind. So nothing passes through shared memory but the sums of the warps at the end.
+Weights stay whole numbers in the product; scales and zeros come after it, in float32:
+
+    y = sum_g scale_g * (sum_k code_k x_k - zero_g * sum_k x_k) + offset_g * sum_k x_k
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones_like
+from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
+
+__all__ = ["few"]
+
+
+@triton.jit
+def _fragments(t, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """Return (WARPS, ROWS, 32) in the order of K in which 16 bytes are one lane's share of a matrix fragment."""
+    return t.reshape(WARPS, ROWS, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(WARPS, ROWS, 32)
+
+
+@triton.jit
+def _pieces(pointer, base, warp, BLOCKS, WARPS: tl.constexpr, TALL: tl.constexpr, AHEAD: tl.constexpr):
+    """Return the words of AHEAD blocks for each warp, from block ``base`` on, in pieces (8, WARPS, 32) of eight rows."""
+    read = ()
+    for i in tl.static_range(AHEAD):
+        known = (base + i * WARPS + warp < BLOCKS)[None, :, None]
+        for piece in tl.static_range(2 * TALL):
+            read = read + (tl.load(pointer + (base + i * WARPS) * 2048 + piece * 256, mask=known, other=0),)
+    return read
+
+
+@triton.jit
+def _words(pieces, i: tl.constexpr, WARPS: tl.constexpr, TALL: tl.constexpr):
+    """Return the words (WARPS, 16 * TALL, 32) of the block ``i`` of ``pieces``.
+
+    Put together here, and not where they are read: the compiler looks for it between loop and product.
+    """
+    if TALL == 1:
+        return tl.join(pieces[2 * i], pieces[2 * i + 1]).permute(1, 3, 0, 2).reshape(WARPS, 16, 32)
+    else:
+        both = tl.join(tl.join(pieces[4 * i], pieces[4 * i + 1]), tl.join(pieces[4 * i + 2], pieces[4 * i + 3]))
+        return both.permute(1, 4, 3, 0, 2).reshape(WARPS, 32, 32)
+
+
+@triton.jit
+def _inputs(x, m0, k, M, K, stride_xm, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return x (WARPS, BLOCK_M, 32) of rows from ``m0`` and columns from ``k`` (WARPS,), eight rows a load."""
+    p = k[None, :, None] + tl.arange(0, 32)[None, None, :]
+    m = (m0 + tl.arange(0, 8))[:, None, None]
+    x += p
+    # In 64 bits: an input may have more than 2^31 elements.
+    m = m.to(tl.int64)
+    a = tl.load(x + m * stride_xm, mask=(m < M) & (p < K), other=0.0)
+    if BLOCK_M == 8:
+        return a.permute(1, 0, 2)
+    else:
+        b = tl.load(x + (m + 8) * stride_xm, mask=(m + 8 < M) & (p < K), other=0.0)
+        if BLOCK_M == 16:
+            return tl.join(a, b).permute(1, 3, 0, 2).reshape(WARPS, 16, 32)
+        else:
+            c = tl.load(x + (m + 16) * stride_xm, mask=(m + 16 < M) & (p < K), other=0.0)
+            d = tl.load(x + (m + 24) * stride_xm, mask=(m + 24 < M) & (p < K), other=0.0)
+            both = tl.join(tl.join(a, b), tl.join(c, d))
+            return both.permute(1, 4, 3, 0, 2).reshape(WARPS, 32, 32)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few(
+    x, words, scales, zeros, table, supers, super_table, super_offset, zero_supers, bias, y,
+    M, N, K, BLOCKS, GROUPS, stride_xm, stride_ym,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
+    UNIT: tl.constexpr, NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    WARPS: tl.constexpr, TALL: tl.constexpr, AHEAD: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Compute y (M, N) = x (M, K) @ W.T; a program: 16 * TALL columns of y, BLOCK_M rows.
+
+    GROUP: weights of a row that share a scale, a multiple of 32 or all. AHEAD: blocks of each warp that are read while
+    as many are multiplied. TURNS: how often, BLOCKS / (WARPS * AHEAD) rounded up. OVERLAP: the first weights are read while the kernel before, which makes x, still runs.
+    """
+    P: tl.constexpr = 16 // BITS
+    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
+    # Slices of one block whose weights share their scales.
+    RUN: tl.constexpr = run_of(P, GROUP)
+    RUNS: tl.constexpr = P // RUN
+    HEIGHT: tl.constexpr = 16 * TALL
+    STEP: tl.constexpr = WARPS * AHEAD
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE) * (17 if WIDE else 1)
+    n0 = tl.program_id(0) * HEIGHT
+    m0 = tl.program_id(1) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    warp = tl.arange(0, WARPS)
+    p = tl.arange(0, 32)
+    tile = words + (n0 // 64).to(tl.int64) * BLOCKS * 2048 + (n0 % 64) * 32
+    pointer = tile + (warp * 2048)[None, :, None] + (tl.arange(0, 8) * 32)[:, None, None] + p[None, None, :]
+    row = n0 + tl.arange(0, HEIGHT)
+    acc = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+    here = _pieces(pointer, 0, warp, BLOCKS, WARPS, TALL, AHEAD)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # Unrolled, so that nothing is carried round a loop: pairs of words would be taken apart and put together for it.
+    for turn in tl.static_range(TURNS):
+        base = turn * STEP
+        inputs = ()
+        factors = ()
+        for i in tl.static_range(AHEAD):
+            block = base + i * WARPS + warp
+            for place in tl.static_range(P):
+                k = (block * P + place) * 32
+                inputs = inputs + (_inputs(x, m0, k, M, K, stride_xm, WARPS, BLOCK_M),)
+            for run in tl.static_range(RUNS):
+                group = (block * P + run * RUN) * 32 // GROUP
+                known = (group < GROUPS)[:, None]
+                factors = factors + (
+                    group_scales(scales, supers, super_table, super_offset, row, group, GROUPS, known, NESTED),
+                )
+                if ZERO == 1 or ZERO == 2:
+                    factors = factors + (group_zeros(zeros, zero_supers, row, group, GROUPS, known, ZERO_NESTED),)
+        there = here
+        if turn + 1 < TURNS:
+            there = _pieces(pointer, base + STEP, warp, BLOCKS, WARPS, TALL, AHEAD)
+        for i in tl.static_range(AHEAD):
+            codes = _fragments(_words(here, i, WARPS, TALL), HEIGHT, WARPS)
+            for run in tl.static_range(RUNS):
+                d = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+                e = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+                sums = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+                for place in tl.static_range(run * RUN, run * RUN + RUN):
+                    xv = _fragments(inputs[i * P + place], BLOCK_M, WARPS).permute(0, 2, 1)
+                    if WIDE:
+                        d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
+                        e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
+                    else:
+                        d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
+                    if KIND == INTEGER:
+                        sums = tl.dot(ones_like(codes, DTYPE, NATIVE), xv, sums)
+                if WIDE:
+                    d += 16.0 * e
+                if KIND != INTEGER:
+                    acc += factors[i * RUNS + run][:, :, None] * d
+                elif ZERO == 0:
+                    acc += factors[i * RUNS + run][:, :, None] * (d - (OFFSET + ZERO_POINT) * sums)
+                else:
+                    scale = factors[2 * (i * RUNS + run)][:, :, None]
+                    zero = factors[2 * (i * RUNS + run) + 1][:, :, None]
+                    if ZERO == 1:
+                        acc += scale * (d - (OFFSET + zero) * sums)
+                    else:
+                        acc += scale * (d - (OFFSET + ZERO_POINT) * sums) + zero * sums
+        here = there
+    out = tl.sum(acc, axis=0) * UNIT
+    if HAS_BIAS:
+        out += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    where = y + m.to(tl.int64)[None, :] * stride_ym + row[:, None]
+    tl.store(where, out.to(y.dtype.element_ty), mask=(m < M)[None, :] & (row < N)[:, None])

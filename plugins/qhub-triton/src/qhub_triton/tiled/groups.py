@@ -1,0 +1,67 @@
+"""Scales and zeros of rows and groups of a tiled layout, plain or under a second level of scales."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["group_scales", "group_zeros", "run_of"]
+
+
+@triton.constexpr_function
+def run_of(per_word, group):
+    """Return how many slices in a row share their scales, wherever in a block one starts counting by so many.
+
+    ``per_word``: slices of a block. ``group``: weights that share a scale, a multiple of 32.
+    """
+    a, b = group // 32, per_word
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@triton.jit
+def _place(row, group, GROUPS):
+    """Return where the number of (row, group) lies in (T, G, 64)."""
+    return ((row // 64)[None, :] * GROUPS + group[:, None]) * 64 + (row % 64)[None, :]
+
+
+@triton.jit
+def group_scales(scales, supers, table, offset, row, group, GROUPS, known, NESTED: tl.constexpr):
+    """Return the scales (len(group), len(row)) float32 of ``row`` in ``group``; 0 where not ``known``.
+
+    NESTED: None, or (second-level group, has table, has offset, divides) of :class:`qhub.layouts.Nested`.
+    """
+    code = tl.load(scales + _place(row, group, GROUPS), mask=known, other=0.0)
+    if NESTED is None:
+        return code.to(tl.float32)
+    else:
+        return _second(code, supers, table, offset, row, group, GROUPS, known, NESTED)
+
+
+@triton.jit
+def group_zeros(zeros, supers, row, group, GROUPS, known, NESTED: tl.constexpr):
+    """Return the zeros (len(group), len(row)) float32; see :func:`group_scales`."""
+    code = tl.load(zeros + _place(row, group, GROUPS), mask=known, other=0.0)
+    if NESTED is None:
+        return code.to(tl.float32)
+    else:
+        return _second(code, supers, supers, supers, row, group, GROUPS, known, NESTED)
+
+
+@triton.jit
+def _second(code, supers, table, offset, row, group, GROUPS, known, NESTED: tl.constexpr):
+    SIZE: tl.constexpr = NESTED[0]
+    if NESTED[1]:
+        value = tl.load(table + code.to(tl.int32), mask=known, other=0.0)
+    else:
+        value = code.to(tl.float32)
+    if SIZE == 0:
+        second = tl.load(supers).to(tl.float32)
+    else:
+        place = (row[None, :] * GROUPS + group[:, None]) // SIZE
+        second = tl.load(supers + place, mask=known & (place >= 0), other=1.0).to(tl.float32)
+    value = value / second if NESTED[3] else value * second
+    if NESTED[2]:
+        value += tl.load(offset)
+    return tl.where(known, value, 0.0)

@@ -1,0 +1,162 @@
+"""The product with a weight in tiles: what a kernel needs is gathered once per weight, the plan chosen by rows of input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhub.layouts import Float8, Layout, Nested, Parts
+from qhub.layouts.tiled import Tiled
+from qhub.layouts.transforms import transform_input, transform_output
+from qhub_triton.launch import Launch, native, overlaps
+from qhub_triton.tiled import decode
+from qhub_triton.tiled.few import few
+from qhub_triton.tiled.many import many
+from qhub_triton.tiled.plans import Few, Many, plan, plan_of, within
+
+__all__ = ["bind", "linear"]
+
+# Programs wait for each other's parts through counters, which must not be shared by two streams at work.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_COUNTERS = 1 << 16
+
+
+def linear(
+    x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None = None, config: dict[str, Any] | None = None
+) -> Tensor:
+    """Return ``x @ W.T + bias`` for x (M, K) contiguous, in x's dtype; ``config``: a plan, None for the rule's."""
+    return bind(layout, parts, x.dtype, config)(x, bias)
+
+
+def bind(
+    layout: Layout, parts: Parts, dtype: torch.dtype, config: dict[str, Any] | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return what computes ``x @ W.T + bias`` for x (M, K) contiguous of ``dtype``, bias (N,) of ``dtype`` or None."""
+    assert isinstance(layout, Tiled)
+    return Product(layout, parts, dtype, None if config is None else plan_of(config))
+
+
+class Product:
+    """Holds one weight's arguments, and a launch for each plan it has met."""
+
+    def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype, chosen: Few | Many | None) -> None:
+        self.layout, self.parts, self.dtype, self.chosen = layout, parts, dtype, chosen
+        self.n, self.k = layout.out_features, layout.in_features
+        self.blocks, self.groups = layout.blocks, layout.groups
+        self.device = parts["qweight"].device
+        self.index = -1
+        processors = 132
+        if self.device.type == "cuda":
+            self.index = self.device.index or 0
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.processors = processors
+        self.tensors = _tensors(layout, parts)
+        self.constants = _constants(layout, parts, self.device)
+        self.overlaps = self.index >= 0 and overlaps(self.device)
+        self.launches: dict[tuple[int, bool, bool, bool], tuple[Few | Many, Launch]] = {}
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        layout = self.layout
+        if layout.transforms:
+            x = transform_input(x, layout, self.parts).to(self.dtype).contiguous()
+        m = x.shape[0]
+        aligned = x.data_ptr() % 16 == 0 and (bias is None or bias.data_ptr() % 16 == 0)
+        # What a graph replays is steady: no kernel in it writes the weights that the next one reads too early.
+        overlap = self.overlaps and torch.cuda.is_current_stream_capturing()
+        key = (m if m <= 16 else 16 + (m - 1).bit_length(), bias is not None, aligned, overlap)
+        found = self.launches.get(key)
+        if found is None:
+            found = self.launches[key] = self._launch(m, bias is not None, overlap)
+        chosen, launch = found
+        y = torch.empty(m, self.n, dtype=x.dtype, device=x.device)
+        tensors = self.tensors
+        if isinstance(chosen, Few):
+            grid = (-(-self.n // (16 * chosen.tall)), -(-m // chosen.block_m), 1)
+            launch(
+                grid, self.index, x, *tensors, tensors[0] if bias is None else bias, y,
+                m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
+            )  # fmt: skip
+        else:
+            tiles = -(-self.n // chosen.block_n) * -(-m // chosen.block_m)
+            shares, counters = self._shares(tiles, chosen)
+            launch(
+                (tiles * chosen.split, 1, 1), self.index, x, *tensors, tensors[0] if bias is None else bias, y,
+                shares, counters, m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
+                -(-self.blocks // chosen.split),
+            )  # fmt: skip
+        if layout.transforms:
+            y = transform_output(y, layout, self.parts).to(self.dtype)
+        return y
+
+    def _launch(self, m: int, biased: bool, overlap: bool) -> tuple[Few | Many, Launch]:
+        chosen = within(self.chosen or plan(self.n, self.blocks, m, self.processors), self.blocks)
+        constants = {**self.constants, "HAS_BIAS": biased, "NATIVE": native(self.device), "OVERLAP": overlap}
+        options = {"num_warps": chosen.warps, **({"launch_pdl": True} if overlap else {})}
+        if isinstance(chosen, Few):
+            constants |= {
+                "WARPS": chosen.warps, "TALL": chosen.tall, "AHEAD": chosen.ahead,
+                "TURNS": -(-self.blocks // (chosen.warps * chosen.ahead)), "BLOCK_M": chosen.block_m,
+            }  # fmt: skip
+            return chosen, Launch(few, constants, {**options, "num_stages": 1})
+        constants |= {
+            "WHOLE": self.layout.of.__dict__.get("zero") != "offset" and _whole(self.parts), "SPLIT": chosen.split,
+            "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m, "EARLY": chosen.early,
+        }  # fmt: skip
+        return chosen, Launch(many, constants, options)
+
+    def _shares(self, tiles: int, chosen: Many) -> tuple[Tensor, Tensor]:
+        """Return memory for the parts of a sum, and the counters of the current stream."""
+        if chosen.split == 1:
+            return self.tensors[0], self.tensors[0]
+        size = tiles * chosen.split * chosen.block_n * chosen.block_m
+        shares = torch.empty(size, dtype=torch.float32, device=self.device)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.index >= 0 else 0
+        if tiles > _COUNTERS:
+            return shares, torch.zeros(tiles, dtype=torch.int32, device=self.device)
+        counters = _counters.get((self.device, stream))
+        if counters is None:
+            counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=self.device)
+            _counters[self.device, stream] = counters
+        return shares, counters
+
+
+def _whole(parts: Parts) -> bool:
+    return "zeros" in parts and not parts["zeros"].is_floating_point()
+
+
+def _tensors(layout: Tiled, parts: Parts) -> tuple[Tensor, ...]:
+    """Return words, scales, zeros, table, second-level scales and their table and offset, second-level zeros."""
+    none = parts["qweight"]
+    scales = parts["scales"]
+    if scales.dtype == torch.float8_e8m0fnu:
+        scales = scales.view(torch.uint8)
+    names = ("zeros", "table", "scales_super", "scales_table", "scales_offset", "zeros_super")
+    return (parts["qweight"], scales, *(parts.get(name, none) for name in names))
+
+
+def _constants(layout: Tiled, parts: Parts, device: torch.device) -> dict[str, Any]:
+    """Return the compile-time values that the layout decides."""
+    of: Any = layout.of
+    kind = decode.INTEGER
+    if isinstance(of, Float8):
+        kind = {"e4m3fn": decode.E4M3, "e5m2": decode.E5M2}[of.format]
+    elif "table" in parts:
+        kind = decode.TABLE
+    zero_point = float(getattr(of, "zero_point", 0.0)) + (128.0 if getattr(of, "signed", False) else 0.0)
+    per_block = layout.per_word * 32
+    group = layout.group_size if layout.groups > 1 else layout.blocks * per_block
+    zero = {"constant": 0, "value": 1, "offset": 2}[getattr(of, "zero", "constant")]
+    return {
+        "BITS": layout.bits, "KIND": kind.value, "GROUP": group, "ZERO": zero, "ZERO_POINT": zero_point,
+        "UNIT": float(getattr(of, "unit", 1.0)), "NESTED": _nested(layout.scale_tensors().get("scales"), parts, "scales"),
+        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros"), parts, "zeros"),
+    }  # fmt: skip
+
+
+def _nested(nested: Nested | None, parts: Parts, name: str) -> tuple[int, bool, bool, bool] | None:
+    if nested is None:
+        return None
+    return nested.group, nested.table, nested.offset, nested.divide

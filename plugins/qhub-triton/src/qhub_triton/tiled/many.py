@@ -1,0 +1,154 @@
+"""The product for many rows of input: tiles of weights in registers against the input in shared memory.
+
+The roles are turned round, y.T = W @ x.T: the words of a tile become the left operand of the matrix units where they were
+read, so that a weight is widened once per program, and few rows of input cost little. Weights stay whole numbers in the
+product; scales come after it, in float32. Where the output has too few tiles for the GPU, several programs share the
+columns; the last of them to finish adds up all parts in their order, so that the result is the same each time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
+from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
+
+__all__ = ["many"]
+
+
+@triton.jit
+def _less(v, zero, HAS_ZERO: tl.constexpr, WHOLE: tl.constexpr, OFFSET: tl.constexpr):
+    """Return the numbers ``v`` (BLOCK_N, 32) less OFFSET, and less ``zero`` (BLOCK_N,) if they have one."""
+    if not HAS_ZERO:
+        if OFFSET == 0:
+            return v
+        else:
+            return v - OFFSET
+    elif WHOLE:
+        # Whole numbers of that size have no rounding in 16 bits.
+        return v - (OFFSET + zero).to(v.dtype)[:, None]
+    else:
+        return ((v.to(tl.float32) - OFFSET) - zero[:, None]).to(v.dtype)
+
+
+@triton.jit
+def _factors(
+    scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS,
+    P: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
+    NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr,
+):  # fmt: skip
+    """Return the scale (BLOCK_N,) float32 of each run of slices of ``block``, each followed by its zero if it has one."""
+    read = ()
+    for run in tl.static_range(P // RUN):
+        at = (block * P + run * RUN) * 32 // GROUP + tl.zeros((1,), tl.int32)
+        known = (at < GROUPS)[:, None] & (row < N)[None, :]
+        scale = group_scales(scales, supers, super_table, super_offset, row, at, GROUPS, known, NESTED)
+        scale = tl.reshape(scale, row.shape)
+        read = read + (scale,)
+        if ZERO == 1 or ZERO == 2:
+            zero = tl.reshape(group_zeros(zeros, zero_supers, row, at, GROUPS, known, ZERO_NESTED), row.shape)
+            if ZERO == 2:
+                # w = scale * (q - zero_point) + offset, as scale * (q - (zero_point - offset / scale)).
+                zero = ZERO_POINT - zero / tl.where(scale == 0.0, 1.0, scale)
+            read = read + (zero,)
+    return read
+
+
+@triton.jit(do_not_specialize=["M"])
+def many(
+    x, words, scales, zeros, table, supers, super_table, super_offset, zero_supers, bias, y, shares, counters,
+    M, N, K, BLOCKS, GROUPS, stride_xm, stride_ym, SPAN,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
+    UNIT: tl.constexpr, NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NATIVE: tl.constexpr, OVERLAP: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Compute y (M, N) = x (M, K) @ W.T; a program: BLOCK_N columns of y, BLOCK_M rows, SPAN of the blocks along K.
+
+    ``shares``: SPLIT x (programs of one part) x BLOCK_N * BLOCK_M float32; ``counters``: as many int32, 0 before and
+    after. WHOLE: zeros are whole numbers. EARLY: weights are scaled before the product, and rounded to x's dtype as a
+    dequantized weight is; one accumulator then does for all groups. OVERLAP: see :mod:`qhub_triton.tiled.few`.
+    """
+    P: tl.constexpr = 16 // BITS
+    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
+    RUN: tl.constexpr = run_of(P, GROUP)
+    EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)
+    CENTRE: tl.constexpr = (ZERO_POINT if ZERO == 0 else 0) + (0 if WIDE else OFFSET)
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_m
+    part = program // tiles
+    tile = program % tiles
+    # Programs next to each other share the weights, which are read once from memory.
+    tile_n, tile_m = tile // tiles_m, tile % tiles_m
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    p = tl.arange(0, 32)
+    first = part * SPAN
+    last = min(first + SPAN, BLOCKS)
+    # Rows past the last tile are read from the last one, and not stored.
+    held = tl.minimum(row // 64, (N - 1) // 64)
+    pointer = words + (held.to(tl.int64) * BLOCKS + first)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
+    source = x + m.to(tl.int64)[None, :] * stride_xm + (first * P * 32 + p)[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # A block ahead: these small reads are not worth a place in shared memory.
+    if not EARLY:
+        now = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, first, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+    for block in tl.range(first, last, num_stages=STAGES):
+        codes = tl.load(pointer)
+        if EARLY:
+            # Read where they are used: only then are they brought into the order of the operand.
+            now = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+        else:
+            later = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, block + 1, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+        for run in tl.static_range(P // RUN):
+            scale = now[run * EACH]
+            zero = now[run * EACH + EACH - 1]
+            if not EARLY:
+                d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for place in tl.static_range(run * RUN, run * RUN + RUN):
+                k = (block * P + place) * 32
+                xv = tl.load(source + place * 32, mask=(m < M)[None, :] & (k + p < K)[:, None], other=0.0)
+                if WIDE:
+                    low = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0) - OFFSET
+                    high = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1) - OFFSET
+                    v = _less(high * 16.0 + low, zero, EACH == 2, WHOLE, CENTRE)
+                elif KIND == INTEGER:
+                    v = _less(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, EACH == 2, WHOLE, CENTRE)
+                else:
+                    v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
+                if EARLY:
+                    acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
+                else:
+                    d = tl.dot(v, xv, d)
+            if not EARLY:
+                acc += scale[:, None] * d
+        if not EARLY:
+            now = later
+        pointer += 2048
+        source += P * 32
+    if SPLIT > 1:
+        size: tl.constexpr = BLOCK_N * BLOCK_M
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        mine = shares + tile.to(tl.int64) * SPLIT * size
+        tl.store(mine + part * size + cell, acc)
+        tl.debug_barrier()
+        # Release our part, and acquire those of the others if we are the last.
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived < SPLIT - 1:
+            return
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for other in range(SPLIT):
+            acc += tl.load(mine + other * size + cell, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    out = acc * UNIT
+    if HAS_BIAS:
+        out += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    where = y + m.to(tl.int64)[None, :] * stride_ym + row[:, None]
+    tl.store(where, out.to(y.dtype.element_ty), mask=(m < M)[None, :] & (row < N)[:, None])

@@ -1,0 +1,272 @@
+"""Recognises parts of a model by experiment: a fused form is taken where it returns what the model's own code returned.
+
+The structure of a module (its children's names, its attributes) only suggests a form. Every suggestion is run on the
+arguments of a real call, with every family of operations, and compared with what that call returned. No class is known
+by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qhub.decoding.joining import Joined, is_plain
+from qhub.decoding.operations import ACTIVATIONS, REFERENCE, NormRule, Operations
+
+__all__ = ["Call", "JoinedLayers", "State", "agree", "attention", "calls_of", "gated_mlp", "norm", "projections"]
+
+# Relative Frobenius error of one part in the model's dtype; both sides round their intermediate results in it.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+
+
+@dataclass
+class JoinedLayers:
+    """Is a list of layers and the one product that computes them all."""
+
+    layers: list[nn.Module]
+    product: Joined
+
+
+@dataclass
+class State:
+    """Is where a decode step stands, on the device: what fused parts read instead of masks.
+
+    ``position``: int64, the cache's index of this step's token. ``start``: (B,) int64, the first index that is no
+    padding. ``cache``: transformers' cache of static layers. ``joined``: joined projections, by the first of them.
+    """
+
+    position: Tensor
+    start: Tensor
+    cache: Any
+    joined: dict[nn.Module, JoinedLayers] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """Is one recorded call of a module: its arguments, its output, its place among all calls."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    order: int
+    count: int = field(default=1)
+
+    def tensor(self) -> Tensor | None:
+        """Return the first argument, by place or as ``hidden_states``."""
+        value = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        return value if isinstance(value, Tensor) else None
+
+    def first_output(self) -> Tensor | None:
+        """Return the output, or the first member of it."""
+        value = self.output[0] if isinstance(self.output, tuple) and self.output else self.output
+        return value if isinstance(value, Tensor) else None
+
+
+@contextlib.contextmanager
+def calls_of(model: nn.Module) -> Iterator[dict[nn.Module, Call]]:
+    """Record the calls of every module within; a module called twice is marked by its ``count``."""
+    found: dict[nn.Module, Call] = {}
+    order = iter(range(1 << 30))
+    entered: dict[nn.Module, int] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered[module] = next(order)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module in found:
+            found[module].count += 1
+        else:
+            found[module] = Call(args, kwargs, output, entered[module])
+
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def agree(found: Tensor, wanted: Tensor, slack: float = 1.0) -> bool:
+    """Return whether two results of one part are equal up to the rounding of their dtype."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    return bool(error <= slack * _TOLERANCE.get(wanted.dtype, 1e-4))
+
+
+def norm(module: nn.Module, call: Call) -> tuple[Tensor, NormRule] | None:
+    """Return weight and rule when ``module`` is an RMS norm of its input's last dimension."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    x, wanted = call.tensor(), call.first_output()
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float) or x is None or wanted is None:
+        return None
+    if getattr(module, "bias", None) is not None or x.shape[-1] != weight.shape[0] or _patched(module):
+        return None
+    best: tuple[float, NormRule] | None = None
+    for offset in (0.0, 1.0):
+        for early in (True, False):
+            rule = NormRule(eps, offset, early)
+            seen = REFERENCE.add_norm(x, None, weight, rule)[1]
+            if seen.dtype != wanted.dtype or not agree(seen, wanted):
+                continue
+            error = float((seen.double() - wanted.double()).norm())
+            if best is None or error < best[0]:
+                best = (error, rule)
+    return None if best is None else (weight, best[1])
+
+
+def _patched(module: nn.Module) -> bool:
+    """Return whether somebody put hooks on ``module`` or replaced its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _product(layers: list[nn.Module], state: State) -> Callable[[Tensor], Tensor]:
+    """Return the layers' outputs side by side, from one product where their rows stack."""
+    if len(layers) == 1:
+        return layers[0]
+    joined = state.joined.get(layers[0])
+    if joined is not None and joined.layers == layers:
+        return joined.product
+    return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def projections(module: nn.Module) -> list[list[nn.Module]]:
+    """Return the children of ``module`` that by their names read one input: candidates for joining."""
+    groups = []
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        members = [module._modules.get(name) for name in names]
+        if all(isinstance(member, nn.Linear) and is_plain(member) for member in members):
+            groups.append([member for member in members if member is not None])
+    return groups
+
+
+def gated_mlp(
+    module: nn.Module, call: Call, operations: tuple[Operations, ...], state: State
+) -> Callable[[Tensor], Tensor] | None:
+    """Return a fused form of ``down(activation(gate(x)) * up(x))``."""
+    children = module._modules
+    down = children.get("down_proj")
+    if down is None or call.count > 1 or _patched(module):
+        return None
+    if children.get("gate_up_proj") is not None:
+        inner: list[Any] = [children["gate_up_proj"]]
+    else:
+        inner = [children.get("gate_proj"), children.get("up_proj")]
+    x, wanted = call.tensor(), call.first_output()
+    if any(not isinstance(layer, nn.Module) for layer in inner) or x is None or not isinstance(call.output, Tensor):
+        return None
+    product = _product(inner, state)
+
+    def form(family: Operations, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: down(family.gate(product(x), name))
+
+    for family in operations:
+        for name in ACTIVATIONS:
+            fused = form(family, name)
+            seen = _tried(lambda fused=fused: fused(x))
+            if seen is not None and agree(seen, wanted):
+                return fused
+    return None
+
+
+def attention(
+    module: nn.Module,
+    call: Call,
+    calls: dict[nn.Module, Call],
+    operations: tuple[Operations, ...],
+    state: State,
+) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None:
+    """Return a fused form of rotary attention over the static cache: (hidden, (cos, sin)) to the module's output."""
+    children = module._modules
+    out, index = children.get("o_proj"), getattr(module, "layer_idx", None)
+    rotary = call.kwargs.get("position_embeddings")
+    x, wanted = call.tensor(), call.first_output()
+    if out is None or index is None or rotary is None or x is None or wanted is None or _patched(module):
+        return None
+    if call.count > 1 or not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or rotary[0].ndim != 3:
+        return None
+    if children.get("qkv_proj") is not None:
+        inner: list[Any] = [children["qkv_proj"]]
+    else:
+        inner = [children.get(name) for name in ("q_proj", "k_proj", "v_proj")]
+    layer = state.cache.layers[index]
+    keys, values = layer.keys, layer.values
+    if any(not isinstance(part, nn.Module) for part in inner) or keys.shape != values.shape:
+        return None
+    kv_heads, size = keys.shape[1], keys.shape[3]
+    product = _product(inner, state)
+    width = calls[out].tensor() if out in calls else None
+    if width is None or width.shape[-1] % size or (width.shape[-1] // size) % kv_heads:
+        return None
+    heads = width.shape[-1] // size
+    norms: list[tuple[Tensor, NormRule] | None] = []
+    for name in ("q_norm", "k_norm"):
+        child = children.get(name)
+        found = norm(child, calls[child]) if child is not None and child in calls else None
+        if child is not None and (found is None or found[0].shape[0] != size):
+            return None
+        norms.append(found)
+
+    def form(family: Operations, scale: float, window: int | None, softcap: float | None) -> Callable:
+        def fused(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+            cos, sin = rotary
+            flat = product(hidden).view(hidden.shape[0], -1)
+            q = family.rotate_store(flat, cos[:, -1], sin[:, -1], keys, values, state.position, heads, *norms)
+            mixed = family.attend(q, keys, values, state.position, state.start, scale, window, softcap)
+            return out(mixed.view(hidden.shape[0], 1, heads * size))
+
+        return fused
+
+    at = state.position.view(1)
+    stored = keys.index_select(2, at), values.index_select(2, at)
+    for family in operations:
+        for scale, window, softcap in _variants(module, size, keys.shape[2]):
+            fused = form(family, scale, window, softcap)
+            for tensor in (keys, values):
+                tensor.index_fill_(2, at, 0.0)
+            seen = _tried(lambda fused=fused: fused(x, rotary))
+            same = seen is not None and agree(seen, wanted)
+            same = same and all(
+                agree(t.index_select(2, at), w) for t, w in zip((keys, values), stored, strict=True)
+            )
+            for tensor, old in zip((keys, values), stored, strict=True):
+                tensor.index_copy_(2, at, old)
+            if same:
+                return fused
+    return None
+
+
+def _variants(module: nn.Module, size: int, capacity: int) -> Iterator[tuple[float, int | None, float | None]]:
+    config = getattr(module, "config", None)
+    own = getattr(module, "scaling", None)
+    scale = float(own) if isinstance(own, (int, float)) else size**-0.5
+    windows = {None: None}
+    for source in (module, config):
+        window = getattr(source, "sliding_window", None)
+        if isinstance(window, int) and window < capacity:
+            windows[window] = None
+    caps = {None: None}
+    for source in (module, config):
+        cap = getattr(source, "attn_logit_softcapping", None)
+        if isinstance(cap, (int, float)):
+            caps[float(cap)] = None
+    for window in windows:
+        for cap in caps:
+            yield scale, window, cap
+
+
+def _tried(run: Callable[[], Tensor]) -> Tensor | None:
+    """Return what a suggested form returns; None where it does not fit the module's shapes."""
+    try:
+        return run()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return None
