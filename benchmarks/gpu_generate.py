@@ -27,6 +27,7 @@ from torch import nn
 import qhub
 from qhub.layouts import Affine
 from qhub.layouts.grid import Grid
+from qhub.layouts.tiled import Tiled
 from qhub.modules import QuantLinear
 from qhub.tensor import QuantizedTensor
 
@@ -83,7 +84,8 @@ def to_int4(model: Any, group: int = 128) -> None:
                 # Codes are spread evenly over 16 steps: their standard deviation is 4.6.
                 "scales": (0.5 + torch.rand(n, k // group, device=device)).to(dtype) * 0.02 / 4.6,
             }
-            layer._parameters["weight"] = QuantizedTensor.build(layout, parts, dtype)  # type: ignore[assignment]
+            tiled, ordered = Tiled.arrange(layout, parts)
+            layer._parameters["weight"] = QuantizedTensor.build(tiled, ordered, dtype)  # type: ignore[assignment]
             setattr(parent, name, layer)
 
 
@@ -194,7 +196,8 @@ def main() -> None:
             if options.profile:
                 report["profiles"][variant] = rows = profile(model)
                 for row in rows[:25]:
-                    print(f"  {row['total_us']:10.0f} us {row.get('count', 0):6d} x {row.get('median_us', 0):8.2f}  {row['name'][:90]}")
+                    counted = f"{row.get('count', 0):6d} x {row.get('median_us', 0):8.2f}"
+                    print(f"  {row['total_us']:10.0f} us {counted}  {row['name'][:90]}")
             os.environ["QHUB_OPTIMIZE"] = "0"
     if options.out:
         options.out.write_text(json.dumps(report, indent=1))

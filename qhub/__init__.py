@@ -16,7 +16,7 @@ from qhub.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from qhub.config import ConfigSpec, MethodConfig
-    from qhub.decoding import optimize
+    from qhub.decoding.optimizing import optimize
     from qhub.errors import QhubError
     from qhub.integrations.peft.loftq import loftq_init
     from qhub.integrations.peft.merging import merge

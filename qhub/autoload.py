@@ -25,6 +25,7 @@ _READERS = (
     "transformers.integrations.gguf.gguf_tokenizer_mapping",
     "transformers.integrations.ggml",
 )
+_GENERATION = "transformers.generation.utils"
 # Not the package: where PEFT is what imports torch, that is there already and half made.
 _PEFT = "peft.peft_model"
 
@@ -40,6 +41,7 @@ def arm() -> None:
             wrapt.register_post_import_hook(_join, target)
         for target in _READERS:
             wrapt.register_post_import_hook(_join_readers, target)
+        wrapt.register_post_import_hook(_join_generation, _GENERATION)
         wrapt.register_post_import_hook(_prepare, _CONFIGS)
         wrapt.register_post_import_hook(_join_peft, _PEFT)
     except Exception as error:
@@ -66,6 +68,15 @@ def _join_readers(module: ModuleType) -> None:
         wrap_readers()
     except Exception as error:
         warnings.warn(f"qhub could not join transformers' readers of GGUF files: {error!r}", stacklevel=2)
+
+
+def _join_generation(module: ModuleType) -> None:
+    try:
+        from qhub.decoding.door import install
+
+        install()
+    except Exception as error:
+        warnings.warn(f"qhub could not join transformers' generation: {error!r}", stacklevel=2)
 
 
 def _join_peft(module: ModuleType) -> None:

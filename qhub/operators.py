@@ -143,6 +143,9 @@ def _to_copy(
 ) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
+    if device is not None and torch.device(device).type != self.device.type:
+        # The order was this device's.
+        self = self.in_plain_order()
     parts = {name: part.to(device=device, non_blocking=non_blocking, copy=True) for name, part in self.parts.items()}
     return self._like(parts, dtype)
 

@@ -139,6 +139,13 @@ class QuantizedTensor(torch.Tensor):
         """Return the bytes its parts take in memory."""
         return nbytes(self.parts)
 
+    def in_plain_order(self) -> QuantizedTensor:
+        """Return the same weight with its parts as methods and files know them; itself unless it was arranged."""
+        if not self.quant_layout.arranged:
+            return self
+        layout, parts = self.quant_layout.plain(self.parts)
+        return self._like(parts, layout=layout)
+
     def write_(self, dense: Tensor) -> QuantizedTensor:
         """Requantize ``dense`` (same shape) onto the layout, in place: the parts keep their shapes and storage.
 

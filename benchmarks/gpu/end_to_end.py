@@ -146,7 +146,7 @@ def lora(model: Any) -> Callable[[], Any]:
     return run
 
 
-def measure(variant: str, layers: int, tasks: set[str]) -> dict[str, Any]:
+def measure(variant: str, layers: int, tasks: set[str], repeats: int) -> dict[str, Any]:
     """Return the figures of one variant."""
     model = llama(layers)
     result: dict[str, Any] = {}
@@ -170,10 +170,10 @@ def measure(variant: str, layers: int, tasks: set[str]) -> dict[str, Any]:
     torch.cuda.empty_cache()
     result["resting_gib"] = round(torch.cuda.memory_allocated() / 2**30, 2)
     if "prefill" in tasks:
-        result["prefill_ms"] = round(seconds(prefill(model), 5, 2) * 1e3, 2)
+        result["prefill_ms"] = round(seconds(prefill(model), repeats, 2) * 1e3, 2)
     if "lora" in tasks:
         torch.cuda.reset_peak_memory_stats()
-        result["lora_ms"] = round(seconds(lora(model), 5, 2) * 1e3, 2)
+        result["lora_ms"] = round(seconds(lora(model), repeats, 2) * 1e3, 2)
         result["lora_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return result
 
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--tasks", default="quantize,prefill,lora")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further variant after so long")
     arguments = parser.parse_args()
     begun = time.perf_counter()
@@ -200,7 +201,9 @@ def main() -> None:
             run["failed"][variant] = "not begun: out of time"
             continue
         try:
-            run["variants"][variant] = measure(variant, arguments.layers, set(arguments.tasks.split(",")))
+            run["variants"][variant] = measure(
+                variant, arguments.layers, set(arguments.tasks.split(",")), arguments.repeats
+            )
             print(variant, json.dumps(run["variants"][variant]), f"({time.perf_counter() - begun:.0f} s)", flush=True)
         except Exception as error:
             run["failed"][variant] = f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -12,8 +12,9 @@ python -m benchmarks.gpu.report --merge grid.json                       # tables
 ```
 
 Peers are used as they come: cuBLAS and tinygemm (torch), bitsandbytes, gemlite with its own configurations, and
-Marlin, ExLlamaV2 and Machete built from gptqmodel's source (`benchmarks/gpu/build.py`). What is not installed is left
-out with the reason. Numbers are of one card and one day: run it on yours."""
+Marlin, ExLlamaV2 and Machete built from gptqmodel's source (`benchmarks/gpu/build.py SOURCE OUT`, then
+`QHUB_BENCH_NATIVE=OUT`). What is not installed is left out with the reason. Numbers are of one card and one day: run it
+on yours, `make gpu-bench`."""
 
 METHOD = """Median microseconds of one product y = x W^T with M rows of x. A CUDA graph holds at least a millisecond of
 back-to-back calls that rotate over copies of the weight (300 MB in all, at most 40 copies, so that the 50 MB L2 cache

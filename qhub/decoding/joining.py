@@ -77,14 +77,23 @@ def _wants_gradient(layer: nn.Linear) -> bool:
     return layer.weight.requires_grad and layer.weight.grad is not None
 
 
+def _cut_from(whole: Tensor, piece: Tensor, like: Tensor) -> bool:
+    """Return whether ``piece`` is a view of ``whole`` that kernels can take in the place of ``like``."""
+    same_memory = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return same_memory and piece.is_contiguous() and piece.shape == like.shape
+
+
 def _stacked(members: Sequence[Tensor]) -> Tensor | None:
     """Return the members on top of each other and make them views of it; None where that is not exact."""
     first = members[0]
     if any(type(other) is not type(first) or other.dtype != first.dtype for other in members):
         return None
-    if any(other.device != first.device for other in members):
+    if any(other.device != first.device or other.device.type == "meta" for other in members):
         return None
     if not isinstance(first, QuantizedTensor):
+        if any(type(member.data) is not Tensor for member in members):
+            # Sharded weights, and whatever else lies in a tensor of its own kind.
+            return None
         whole = torch.cat([member.detach() for member in members])
         for member, piece in zip(members, whole.split([len(member) for member in members]), strict=True):
             member.data = piece
@@ -106,7 +115,7 @@ def _stacked(members: Sequence[Tensor]) -> Tensor | None:
             return None
         specs = member.quant_layout.part_specs()
         # A copy here would hold the weight twice.
-        if not all(cut[1][name].is_contiguous() and cut[1][name].shape == member.parts[name].shape for name in specs):
+        if not all(_cut_from(parts[name], cut[1][name], member.parts[name]) for name in specs):
             return None
         pieces.append(cut[1])
     whole = first._like(parts, layout=layout)

@@ -6,7 +6,8 @@ What a layer returns is then the residual without its last summand, which travel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +15,24 @@ from torch import Tensor, nn
 from qhub.decoding.operations import NormRule, Operations
 from qhub.decoding.recipes import Call, State, agree, attention, gated_mlp, norm
 
-__all__ = ["Forms", "recognise"]
+__all__ = ["Forms", "Layer", "in_form", "recognise"]
 
 # What every later summand is kept under, on the tensor it belongs to.
 _PENDING = "_qhub_pending"
 
 Forms = dict[nn.Module, Callable[..., Any]]
+
+
+@contextlib.contextmanager
+def in_form(forms: Forms) -> Iterator[None]:
+    """Put ``forms`` in place of the modules' forwards within."""
+    for module, form in forms.items():
+        module.__dict__["forward"] = form
+    try:
+        yield
+    finally:
+        for module in forms:
+            module.__dict__.pop("forward", None)
 
 
 def _take(x: Tensor) -> Tensor | None:
@@ -39,14 +52,14 @@ def recognise(
     for module, call in calls.items():
         if (found := norm(module, call)) is not None:
             norms[module] = found
-        elif (attended := attention(module, call, calls, operations, state)) is not None:
-            attentions[module] = attended
+        elif (found_attention := attention(module, call, calls, operations, state)) is not None:
+            attentions[module] = found_attention
         elif (gated := gated_mlp(module, call, operations, state)) is not None:
             mlps[module] = gated
-    layers: dict[nn.Module, _Layer] = {}
+    layers: dict[nn.Module, Layer] = {}
     for module, call in calls.items():
         for family in operations:
-            layer = _Layer.of(module, call, calls, norms, attentions, mlps, family)
+            layer = Layer.of(module, call, calls, norms, attentions, mlps, family)
             if layer is not None:
                 layers[module] = layer
                 break
@@ -73,14 +86,14 @@ def _final_norm(family: Operations, weight: Tensor, rule: NormRule) -> Callable[
 
 
 def _as_attention(attended: Callable) -> Callable[..., tuple[Tensor, None]]:
-    def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Any:
-        return attended(hidden_states, position_embeddings), None
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return attended(hidden_states, kwargs), None
 
     return forward
 
 
-class _Layer:
-    """Is the fused form of ``x += [norm] attention(norm(x)); x += [norm] mlp(norm(x))``; brackets: where it has them."""
+class Layer:
+    """Is the fused form of ``x += [norm] attention(norm(x)); x += [norm] mlp(norm(x))``, norms in brackets if any."""
 
     # Whether the last summand is left to the reader of the output.
     defers = False
@@ -89,8 +102,8 @@ class _Layer:
         self.family, self.attended, self.mlp, self.children = family, attended, mlp, children
         self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = norms
 
-    def __call__(self, hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
-        x, summand = self.parts(hidden_states, position_embeddings)
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, summand = self.parts(hidden_states, kwargs)
         if not self.defers:
             return x + summand
         if x is hidden_states:
@@ -98,11 +111,11 @@ class _Layer:
         setattr(x, _PENDING, summand)
         return x
 
-    def parts(self, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+    def parts(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the residual and what is still to be added to it."""
         add_norm = self.family.add_norm
         x, y = add_norm(hidden, _take(hidden), *self.before_attention)
-        y = self.attended(y, rotary)
+        y = self.attended(y, kwargs)
         if self.after_attention is not None:
             y = add_norm(y, None, *self.after_attention)[1]
         x, y = add_norm(x, y, *self.before_mlp)
@@ -123,11 +136,10 @@ class _Layer:
         attentions: dict[nn.Module, Callable],
         mlps: dict[nn.Module, Callable],
         family: Operations,
-    ) -> _Layer | None:
+    ) -> Layer | None:
         """Return the form of ``module`` if its children are called in that order and it computes the same."""
         hidden, wanted = call.tensor(), call.output
-        rotary = call.kwargs.get("position_embeddings")
-        if hidden is None or not isinstance(wanted, Tensor) or rotary is None or call.count > 1:
+        if hidden is None or not isinstance(wanted, Tensor) or call.count > 1:
             return None
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return None
@@ -146,7 +158,7 @@ class _Layer:
         replaced = [child for child in children if child is not mlp or mlp in mlps]
         layer = cls(family, attentions[attending], mlps.get(mlp, mlp), chosen, replaced)
         try:
-            x, summand = layer.parts(hidden, rotary)
+            x, summand = layer.parts(hidden, call.kwargs)
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             return None
         return layer if agree(x + summand, wanted) else None

@@ -84,11 +84,13 @@ def generate_rows(
     config: Any,
     streamer: Any = None,
     lag: int = 0,
+    unfinished: Tensor | None = None,
 ) -> Generated:
     """Continue ``ids`` (B, n) until every row is finished.
 
-    ``first_logits``: (B, vocabulary), after the prompt; ``step``: takes the new tokens (B,) and returns the next logits.
-    ``lag``: how many steps late the end may be noticed. Source: transformers' GenerationMixin._sample.
+    ``first_logits``: (B, vocabulary), after the prompt; ``step``: takes the new tokens (B,), returns the next logits;
+    ``lag``: how many steps late the end may be noticed; ``unfinished``: (B,) int64, 0 for rows that have ended before;
+    None: none has. Source: transformers' GenerationMixin._sample.
     """
     keep = bool(config.return_dict_in_generate)
     scores: tuple | None = () if keep and config.output_scores else None
@@ -96,7 +98,8 @@ def generate_rows(
     has_end = any(hasattr(item, "eos_token_id") for item in criteria)
     pad = config._pad_token_tensor
     pad = pad.to(ids.device) if pad is not None else None
-    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+    if unfinished is None:
+        unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     limit = criteria.max_length
     stop = _Stop(lag, streamer, ids.device)
     logits: Tensor = first_logits
@@ -113,7 +116,7 @@ def generate_rows(
             tokens = torch.multinomial(torch.nn.functional.softmax(chosen, dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = torch.argmax(chosen, dim=-1)
-        if has_end:
+        if has_end and pad is not None:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~criteria(ids, scores)
@@ -148,14 +151,14 @@ def is_greedy(processors: Any, criteria: Any, config: Any, streamer: Any, most_e
 
 
 def generate_greedily(
-    ids: Tensor, first_logits: Tensor, start: Callable[[Tensor, Tensor, Tensor, Tensor], Any], criteria: Any, config: Any
+    ids: Tensor, first_logits: Tensor, start: Callable[..., Any], criteria: Any, config: Any
 ) -> Generated:
     """Continue ``ids`` with the likeliest tokens, chosen on the device.
 
-    ``start``: called with the first tokens (B,), which rows go on (B,), the tokens that end a text (E,) and the one that
-    fills up after it (1,), all int64; returns an object with ``advance()``, ``finished`` (int64 on the device: the number
-    of the token after which no row went on, -1 before), ``base`` (the number of the first token) and ``text(count)``,
-    the ``count`` tokens after the first.
+    ``start``: called with the first tokens (B,), which rows go on (B,), the tokens that end a text (E,) and the one
+    that fills up after it (1,), all int64; returns an object with ``advance()``, ``finished`` (int64 on the device: the
+    number of the token after which no row went on, -1 before), ``base`` (the number of the first token) and
+    ``text(count)``, the ``count`` tokens after the first.
     """
     device = ids.device
     ends = [item.eos_token_id.to(device).reshape(-1) for item in criteria if hasattr(item, "eos_token_id")]

@@ -73,8 +73,8 @@ def rotate_store(
     """Rotate the queries and keys of one token a row, write keys and values into the cache, return the queries.
 
     ``qkv``: (B, (heads + 2 * kv_heads) * D). ``cos``, ``sin``: (B or 1, R), R <= D even. ``keys``, ``values``: (B,
-    kv_heads, T, D), written at ``position`` (one int64 on the device). ``q_norm``, ``k_norm``: weight (D,) and rule of a
-    norm over each head before it is rotated; None for none. Returns (B, heads, D).
+    kv_heads, T, D), written at ``position`` (one int64 on the device). ``q_norm``, ``k_norm``: weight (D,) and rule of
+    a norm over each head before it is rotated; None for none. Returns (B, heads, D).
     """
     batch, kv_heads, _, size = keys.shape
     q, k, v = qkv.view(batch, -1, size).split((heads, kv_heads, kv_heads), dim=1)
@@ -101,9 +101,9 @@ def attend(
 ) -> Tensor:
     """Return softmax(q k^T * scale) v over the cached positions ``start`` <= j <= ``position``.
 
-    ``q``: (B, heads, D); ``keys``, ``values``: (B, kv_heads, T, D), heads a multiple of kv_heads. ``start``: (B,) int64,
-    behind a row's padding. ``window``: only the last ``window`` positions, this one included; None: all. ``softcap``:
-    scores become softcap * tanh(scores / softcap). Returns (B, heads * D) in q's dtype.
+    ``q``: (B, heads, D); ``keys``, ``values``: (B, kv_heads, T, D), heads a multiple of kv_heads. ``start``: (B,)
+    int64, behind a row's padding. ``window``: only the last ``window`` positions, this one included; None: all.
+    ``softcap``: scores become softcap * tanh(scores / softcap). Returns (B, heads * D) in q's dtype.
     """
     batch, heads, size = q.shape
     kv_heads, length = keys.shape[1:3]
@@ -118,6 +118,26 @@ def attend(
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     weights = scores.softmax(-1).to(q.dtype)
     return torch.matmul(weights, values).reshape(batch, heads * size)
+
+
+def attend_token(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    start: Tensor,
+    heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    q_norm: tuple[Tensor, NormRule] | None,
+    k_norm: tuple[Tensor, NormRule] | None,
+) -> Tensor:
+    """Return one token's attention a row, (B, heads * D): :func:`rotate_store`, then :func:`attend`."""
+    q = rotate_store(qkv, cos, sin, keys, values, position, heads, q_norm, k_norm)
+    return attend(q, keys, values, position, start, scale, window, softcap)
 
 
 def gate(gate_up: Tensor, activation: str) -> Tensor:
@@ -152,7 +172,7 @@ def pick(
     finished.copy_(torch.where((unfinished.max() == 0) & (finished < 0), at, finished))
 
 
-_FUNCTIONS = ("add_norm", "rotate_store", "attend", "gate", "pick")
+_FUNCTIONS = ("add_norm", "attend_token", "gate", "pick")
 
 
 @dataclass(frozen=True)
@@ -161,13 +181,12 @@ class Operations:
 
     name: str
     add_norm: Callable[..., tuple[Tensor, Tensor]]
-    rotate_store: Callable[..., Tensor]
-    attend: Callable[..., Tensor]
+    attend_token: Callable[..., Tensor]
     gate: Callable[..., Tensor]
     pick: Callable[..., None]
 
 
-REFERENCE = Operations("torch", add_norm, rotate_store, attend, gate, pick)
+REFERENCE = Operations("torch", add_norm, attend_token, gate, pick)
 
 
 @cache

@@ -6,7 +6,6 @@ Quantized models on a GPU are optimized at their first ``generate``. ``QHUB_OPTI
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 from torch import nn
 
 from qhub.decoding.decoder import Decoder
+from qhub.decoding.door import install
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["decoder_of", "install", "optimize"]
+__all__ = ["decoder_of", "optimize"]
 
+# None: switched off.
 _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder | None] = weakref.WeakKeyDictionary()
 
 
@@ -59,56 +60,3 @@ def decoder_of(model: nn.Module) -> Decoder | None:
     if automatic:
         _decoders[model] = decoder
     return decoder
-
-
-def install() -> None:
-    """Put the door into transformers' ``_sample``; models that are not optimized pass through it."""
-    from transformers.generation.utils import GenerationMixin
-
-    original = GenerationMixin._sample
-    if getattr(original, "_qhub", False):
-        return
-
-    @functools.wraps(original)
-    def _sample(
-        self: Any,
-        input_ids: Any,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        decoder = decoder_of(self)
-        if decoder is not None:
-            reason = decoder.refusal(input_ids, generation_config, stopping_criteria, model_kwargs, synced_gpus)
-            if reason is None:
-                done, cache = decoder.sample(
-                    input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-                )
-                return _answer(done, cache, generation_config)
-            decoder.say(reason)
-        return original(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **model_kwargs,
-        )
-
-    _sample._qhub = True  # type: ignore[attr-defined]
-    GenerationMixin._sample = _sample  # type: ignore[method-assign]
-
-
-def _answer(done: Any, cache: Any, config: Any) -> Any:
-    if not config.return_dict_in_generate:
-        return done.ids
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    return GenerateDecoderOnlyOutput(
-        sequences=done.ids, scores=done.scores, logits=done.logits, past_key_values=cache
-    )

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from qhub.decoding.joining import Joined, is_plain
 from qhub.decoding.operations import ACTIVATIONS, REFERENCE, NormRule, Operations
 
-__all__ = ["Call", "JoinedLayers", "State", "agree", "attention", "calls_of", "gated_mlp", "norm", "projections"]
+__all__ = [
+    "Attention",
+    "Call",
+    "JoinedLayers",
+    "State",
+    "agree",
+    "attention",
+    "calls_of",
+    "gated_mlp",
+    "norm",
+    "projections",
+]
 
 # Relative Frobenius error of one part in the model's dtype; both sides round their intermediate results in it.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -172,10 +183,52 @@ def gated_mlp(
     for family in operations:
         for name in ACTIVATIONS:
             fused = form(family, name)
-            seen = _tried(lambda fused=fused: fused(x))
-            if seen is not None and agree(seen, wanted):
+            seen = _tried(fused, x)
+            if seen is not None and wanted is not None and agree(seen, wanted):
                 return fused
     return None
+
+
+@dataclass
+class Attention:
+    """Is a fused form of rotary attention over the static cache: hidden states and the call's keywords to its output.
+
+    ``product``: hidden states to queries, keys and values side by side. ``size``: of a head. ``norms``: of
+    queries' and keys' heads. ``state``: None where no step is meant.
+    """
+
+    module: nn.Module
+    product: Callable[[Tensor], Tensor]
+    out: nn.Module
+    heads: int
+    size: int
+    norms: tuple[tuple[Tensor, NormRule] | None, ...]
+    family: Operations
+    scale: float
+    window: int | None
+    softcap: float | None
+    state: State | None
+
+    def __call__(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert self.state is not None
+        cos, sin = kwargs["position_embeddings"]
+        layer = self.state.cache.layers[self.module.layer_idx]  # type: ignore[index]
+        flat = self.product(hidden).view(hidden.shape[0], -1)
+        mixed = self.family.attend_token(
+            flat,
+            cos[:, -1],
+            sin[:, -1],
+            layer.keys,
+            layer.values,
+            self.state.position,
+            self.state.start,
+            self.heads,
+            self.scale,
+            self.window,
+            self.softcap,
+            *self.norms,
+        )
+        return self.out(mixed.view(hidden.shape[0], 1, -1))
 
 
 def attention(
@@ -184,8 +237,8 @@ def attention(
     calls: dict[nn.Module, Call],
     operations: tuple[Operations, ...],
     state: State,
-) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None:
-    """Return a fused form of rotary attention over the static cache: (hidden, (cos, sin)) to the module's output."""
+) -> Attention | None:
+    """Return the fused form of ``module`` if it computes rotary attention."""
     children = module._modules
     out, index = children.get("o_proj"), getattr(module, "layer_idx", None)
     rotary = call.kwargs.get("position_embeddings")
@@ -203,11 +256,9 @@ def attention(
     if any(not isinstance(part, nn.Module) for part in inner) or keys.shape != values.shape:
         return None
     kv_heads, size = keys.shape[1], keys.shape[3]
-    product = _product(inner, state)
     width = calls[out].tensor() if out in calls else None
     if width is None or width.shape[-1] % size or (width.shape[-1] // size) % kv_heads:
         return None
-    heads = width.shape[-1] // size
     norms: list[tuple[Tensor, NormRule] | None] = []
     for name in ("q_norm", "k_norm"):
         child = children.get(name)
@@ -215,29 +266,17 @@ def attention(
         if child is not None and (found is None or found[0].shape[0] != size):
             return None
         norms.append(found)
-
-    def form(family: Operations, scale: float, window: int | None, softcap: float | None) -> Callable:
-        def fused(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-            cos, sin = rotary
-            flat = product(hidden).view(hidden.shape[0], -1)
-            q = family.rotate_store(flat, cos[:, -1], sin[:, -1], keys, values, state.position, heads, *norms)
-            mixed = family.attend(q, keys, values, state.position, state.start, scale, window, softcap)
-            return out(mixed.view(hidden.shape[0], 1, heads * size))
-
-        return fused
-
+    product, heads = _product(inner, state), width.shape[-1] // size
     at = state.position.view(1)
     stored = keys.index_select(2, at), values.index_select(2, at)
     for family in operations:
-        for scale, window, softcap in _variants(module, size, keys.shape[2]):
-            fused = form(family, scale, window, softcap)
+        for variant in _variants(module, size, keys.shape[2]):
+            fused = Attention(module, product, out, heads, size, tuple(norms), family, *variant, state)
             for tensor in (keys, values):
                 tensor.index_fill_(2, at, 0.0)
-            seen = _tried(lambda fused=fused: fused(x, rotary))
+            seen = _tried(fused, x, call.kwargs)
             same = seen is not None and agree(seen, wanted)
-            same = same and all(
-                agree(t.index_select(2, at), w) for t, w in zip((keys, values), stored, strict=True)
-            )
+            same = same and all(agree(t.index_select(2, at), w) for t, w in zip((keys, values), stored, strict=True))
             for tensor, old in zip((keys, values), stored, strict=True):
                 tensor.index_copy_(2, at, old)
             if same:
@@ -249,12 +288,12 @@ def _variants(module: nn.Module, size: int, capacity: int) -> Iterator[tuple[flo
     config = getattr(module, "config", None)
     own = getattr(module, "scaling", None)
     scale = float(own) if isinstance(own, (int, float)) else size**-0.5
-    windows = {None: None}
+    windows: dict[int | None, None] = {None: None}
     for source in (module, config):
         window = getattr(source, "sliding_window", None)
         if isinstance(window, int) and window < capacity:
             windows[window] = None
-    caps = {None: None}
+    caps: dict[float | None, None] = {None: None}
     for source in (module, config):
         cap = getattr(source, "attn_logit_softcapping", None)
         if isinstance(cap, (int, float)):
@@ -264,9 +303,9 @@ def _variants(module: nn.Module, size: int, capacity: int) -> Iterator[tuple[flo
             yield scale, window, cap
 
 
-def _tried(run: Callable[[], Tensor]) -> Tensor | None:
+def _tried(run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
     """Return what a suggested form returns; None where it does not fit the module's shapes."""
     try:
-        return run()
+        return run(*arguments)
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return None

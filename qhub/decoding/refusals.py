@@ -15,12 +15,12 @@ _ATTENTIONS = ("sdpa", "eager")
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
-def of_model(model: nn.Module) -> str | None:
-    """Return why ``model`` cannot be decoded in static steps; None when nothing speaks against trying."""
+def of_model(model: nn.Module, devices: set[torch.device]) -> str | None:
+    """Return why ``model``, whose weights lie on ``devices``, cannot be decoded in static steps; None when nothing
+    speaks against trying."""
     config: Any = model.config
     if config.is_encoder_decoder:
         return "encoder-decoder models keep two caches"
-    devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return f"its weights lie on several devices ({', '.join(sorted(map(str, devices)))})"
     if next(iter(devices)).type == "meta" or (getattr(model, "hf_device_map", {}) and _offloaded(model)):
@@ -41,10 +41,13 @@ def _offloaded(model: nn.Module) -> bool:
     return bool(places & {"disk", "meta"}) or len(places) > 1
 
 
-def of_call(model: nn.Module, ids: Any, config: Any, arguments: dict[str, Any], synced: bool) -> str | None:
+def of_call(
+    model: nn.Module, patched: nn.Module | None, ids: Any, config: Any, arguments: dict[str, Any], synced: bool
+) -> str | None:
     """Return why this call of ``generate`` takes transformers' loop; None when it may take the static step.
 
-    ``config``: its generation config. ``arguments``: what goes to the model's forward.
+    ``patched``: a module with hooks, if there is one. ``config``: the call's generation config. ``arguments``: what
+    goes to the model's forward.
     """
     if synced:
         return "ranks generate in step with each other (synced_gpus)"
@@ -67,10 +70,10 @@ def of_call(model: nn.Module, ids: Any, config: Any, arguments: dict[str, Any], 
         return f"the model's forward is given {', '.join(unknown)}"
     if "prepare_inputs_for_generation" in model.__dict__:
         return "prepare_inputs_for_generation was replaced on the model"
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            # A replayed step calls no Python, so hooks would see nothing.
-            return f"{name or 'the model'} has forward hooks, or a forward of its own"
+    if patched is not None:
+        # A replayed step calls no Python, so hooks would see nothing.
+        name = next(name for name, module in model.named_modules() if module is patched)
+        return f"{name or 'the model'} has forward hooks, or a forward of its own"
     if torch.is_autocast_enabled(ids.device.type):
         return "autocast is on"
     if ids.shape[1] == 0 or ids.dtype != torch.long:

@@ -1,14 +1,12 @@
-"""One decode step over a static cache, as a thing that can be run again and again: eagerly, or replayed as a CUDA graph.
+"""One decode step over a static cache, as a thing that can be run again and again.
 
-Everything that changes from step to step lies in device tensors at fixed places. Parts of the model that were recognised
-run in fused form; the rest is the model's own code, called as transformers calls it.
+Everything that changes from step to step lies in device tensors at fixed places. Parts of the model that were
+recognised run in fused form; the rest is the model's own code, called as transformers calls it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from qhub.decoding import layers as fusing
 from qhub.decoding.operations import offered
 from qhub.decoding.recipes import JoinedLayers, State, agree, calls_of
 
-__all__ = ["MOST_ENDS", "GraphStep", "StaticStep", "StepError"]
+__all__ = ["MOST_ENDS", "StaticStep"]
 
 logger = logging.getLogger("qhub")
 
@@ -26,10 +24,6 @@ logger = logging.getLogger("qhub")
 MOST_ENDS = 32
 # Slack of a whole model's logits over one part's: errors of some hundred roundings add up.
 _SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
-
-
-class StepError(Exception):
-    """Says why a model's decode step cannot be run this way; the plain loop is used instead."""
 
 
 def _static_layers(source: Any, capacity: int) -> list[Any]:
@@ -63,9 +57,10 @@ class StaticStep:
     ):
         from transformers.cache_utils import Cache
 
-        self.model, self.batch, self.capacity, self.extra = model, batch, capacity, extra
+        self.model: Any = model
+        self.batch, self.capacity, self.extra = batch, capacity, extra
         device = source.layers[0].keys.device
-        self.cache = Cache(layers=_static_layers(source, capacity))
+        self.cache: Any = Cache(layers=_static_layers(source, capacity))
         position = torch.zeros((), dtype=torch.long, device=device)
         self.state = State(position, torch.zeros(batch, dtype=torch.long, device=device), self.cache, joined)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -143,7 +138,7 @@ class StaticStep:
 
         ``greedy``: the likeliest tokens become those of the next step, and are noted in ``text``.
         """
-        with self._in_form():
+        with fusing.in_form(self.forms):
             logits = self._model()
         if greedy:
             offered(logits.device.type)[0].pick(
@@ -169,7 +164,7 @@ class StaticStep:
         if self.position_ids is not None:
             inputs["position_ids"] = self.position_ids
         if self.masks is None:
-            inputs = self.model.prepare_inputs_for_generation(  # type: ignore[operator]
+            inputs = self.model.prepare_inputs_for_generation(
                 self.tokens,
                 next_sequence_length=1,
                 past_key_values=self.cache,
@@ -180,23 +175,12 @@ class StaticStep:
             inputs.update(input_ids=self.tokens, past_key_values=self.cache, attention_mask=self.masks)
         return self.model(**inputs, return_dict=True).logits[:, -1]
 
-    @contextlib.contextmanager
-    def _in_form(self) -> Iterator[None]:
-        """Put the fused forms in place of the modules' forwards."""
-        for module, form in self.forms.items():
-            module.__dict__["forward"] = form
-        try:
-            yield
-        finally:
-            for module in self.forms:
-                module.__dict__.pop("forward", None)
-
     # -- trying ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fuse(self) -> None:
         """Recognise the model's parts on a full cache of random numbers, and check the whole with them in place."""
-        self._randomize(self.capacity - 1)
+        self.randomize(self.capacity - 1)
         with calls_of(self.model) as calls:
             plain = self._model().clone()
         self._place(self.capacity - 1)
@@ -204,7 +188,7 @@ class StaticStep:
         fused_all = found["attentions"] == len(self.cache.layers)
         if fused_all:
             # Nobody reads the masks any more; their form stays what the model expects.
-            self.masks = self.model.prepare_inputs_for_generation(  # type: ignore[operator]
+            self.masks = self.model.prepare_inputs_for_generation(
                 self.tokens,
                 next_sequence_length=1,
                 past_key_values=self.cache,
@@ -218,12 +202,12 @@ class StaticStep:
         self.tokens.copy_(self._probe_tokens)
         seen = self.advance(False)
         if not agree(seen, plain, _SLACK.get(plain.dtype, 10.0)):
-            logger.info("qhub: the fused parts together do not compute what the model computes; the model's own are used")
+            logger.info("qhub: the fused parts together do not compute what the model computes: left out")
             self.forms, self.found, self.masks = {}, {}, None
             for layer in self.cache.layers:
                 layer.cumulative_length = self.state.position.clone()
 
-    def _randomize(self, position: int) -> None:
+    def randomize(self, position: int) -> None:
         """Fill the cache and the inputs with random numbers, and stand at ``position``."""
         generator = torch.Generator(self.tokens.device).manual_seed(position)
         for layer in self.cache.layers:
@@ -234,7 +218,7 @@ class StaticStep:
         self.state.start.copy_(rows * position // (2 * self.batch))
         places = torch.arange(self.capacity, device=self.tokens.device)
         self.mask.copy_(places >= self.state.start[:, None])
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self._probe_tokens = torch.randint(
             vocabulary, self.tokens.shape, generator=generator, device=self.tokens.device
         )
@@ -244,54 +228,3 @@ class StaticStep:
         self._place(position)
         if self.position_ids is not None:
             self.position_ids.copy_((position - self.state.start)[:, None].expand_as(self.position_ids))
-
-
-class GraphStep(StaticStep):
-    """Is a :class:`StaticStep` whose work is captured once and replayed: the host's part is one launch."""
-
-    def __init__(self, *args: Any, pool: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.pool = pool
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def ready(self, greedy: bool) -> None:
-        """Capture the step and compare replays at two places with eager runs there.
-
-        Raises :class:`StepError` where the model's step cannot be captured, or a replay gives something else.
-        """
-        if greedy in self.graphs:
-            return
-        with torch.cuda.device(self.tokens.device):
-            self._capture(greedy)
-
-    def _capture(self, greedy: bool) -> None:
-        wanted = []
-        places = (self.capacity - 1, self.capacity // 2)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for place in places:
-                self._randomize(place)
-                wanted.append((super().advance(greedy).clone(), self.tokens.clone()))
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                logits = super().advance(greedy)
-        except Exception as error:
-            torch.cuda.synchronize()
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise StepError(f"its step cannot be captured ({reason})") from None
-        for place, (expected, tokens) in zip(places, wanted, strict=True):
-            self._randomize(place)
-            graph.replay()
-            if not agree(logits, expected) or (greedy and not torch.equal(self.tokens, tokens)):
-                raise StepError("a replay of its captured step gives something else than running it")
-        self.graphs[greedy] = graph, logits
-
-    def advance(self, greedy: bool) -> Tensor:
-        if greedy not in self.graphs:
-            return super().advance(greedy)
-        graph, logits = self.graphs[greedy]
-        graph.replay()
-        return logits

@@ -20,12 +20,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qhub.kernels.spec import KernelSpec, Problem
+from qhub.kernels.spec import Cost, KernelSpec, Problem
 
 if TYPE_CHECKING:
     from qhub.kernels.explanation import explain
 
-__all__ = ["KernelSpec", "Problem", "explain"]
+__all__ = ["Cost", "KernelSpec", "Problem", "explain"]
 
 
 def __getattr__(name: str) -> Any:

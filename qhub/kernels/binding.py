@@ -143,8 +143,14 @@ class Bound:
         y = run(flat, bias)
         if not y.is_contiguous():
             y = y.contiguous()
-        # In place: autograd lets nobody add to a view that a function of ours returned, and adapters do.
-        return y if whole else y.resize_(*shape[:-1], self.outputs)
+        if whole:
+            return y
+        # No view: autograd lets nobody add in place to a view that a function of ours returned, and adapters do.
+        try:
+            return y.resize_(*shape[:-1], self.outputs)
+        except RuntimeError:
+            # Forward-mode gradients and some subclasses cannot: the same, five times as slow.
+            return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], self.outputs))
 
     def _refuse_device(self, x: Tensor, bias: Tensor | None) -> None:
         name, found = ("input", x) if x.device != self.device else ("bias", bias)

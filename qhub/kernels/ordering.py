@@ -60,15 +60,16 @@ class Clock:
         """Return what is known of a kernel's time for inputs of ``m`` rows; endless: of twice the most measured."""
         rows = int(m) if m < UNLIMITED else 2 * BUCKETS[-1]
         key = spec.key
-        for table in self.tables:
-            entries = table.shapes(self.signature).get(self.shape, {}).get(key)
+        known = [(table, table.shapes(self.signature).get(self.shape, {}).get(key)) for table in self.tables]
+        # What was measured with the packages that are here is the first to be believed.
+        known.sort(key=lambda item: item[0].packages.get(key, {}) != packages_of(spec))
+        for table, entries in known:
             if entries:
-                entry = self._at(entries, self.shape, rows)
-                same = table.packages.get(key, {}) == packages_of(spec)
-                exact = same and rows in entries
+                entry = self._at(spec, entries, self.shape, rows)
+                exact = rows in entries and table.packages.get(key, {}) == packages_of(spec)
                 return self._timing(spec, entry, "measured" if exact else "interpolated", table, key)
         for table in self.tables:
-            entry_ = self._interpolated(table, key, rows)
+            entry_ = self._interpolated(spec, table, rows)
             if entry_ is not None:
                 return self._timing(spec, entry_, "interpolated", table, key)
         if spec.cost is not None:
@@ -83,13 +84,17 @@ class Clock:
         config = None if entry.config is None else table.configs[key][entry.config]
         return Timing(spec.name, entry.seconds, source, config, entry.config)
 
-    def _floor(self, shape: Shape, m: int) -> float:
+    def _expected(self, spec: KernelSpec, shape: Shape, m: int) -> float:
+        """Return the seconds that the kernel should take on a shape: by its cost, else by what no kernel gets below."""
         weight = self.work.weight * shape.n * shape.k // max(1, self.shape.n * self.shape.k)
-        return Work(shape.n, shape.k, weight, self.work.item).floor(m, self.card) + self._launch
+        work = Work(shape.n, shape.k, weight, self.work.item)
+        if spec.cost is not None:
+            return guess(spec.cost, work, m, self.card)
+        return work.floor(m, self.card) + self._launch
 
-    def _at(self, entries: dict[int, Entry], shape: Shape, m: int) -> Entry:
+    def _at(self, spec: KernelSpec, entries: dict[int, Entry], shape: Shape, m: int) -> Entry:
         """Return the time for ``m`` rows: between two measured M on the line through them in logarithms, outside as
-        the floor goes."""
+        what is expected goes."""
         if m in entries:
             return entries[m]
         below = max((one for one in entries if one < m), default=None)
@@ -98,16 +103,18 @@ class Clock:
             nearest = above if below is None else below
             assert nearest is not None
             entry = entries[nearest]
-            return Entry(entry.seconds * self._floor(shape, m) / self._floor(shape, nearest), entry.config)
+            factor = self._expected(spec, shape, m) / self._expected(spec, shape, nearest)
+            return Entry(entry.seconds * factor, entry.config)
         part = math.log(m / below) / math.log(above / below)
         low, high = entries[below], entries[above]
         return Entry(low.seconds ** (1 - part) * high.seconds**part, high.config)
 
-    def _interpolated(self, table: Table, key: str, m: int) -> Entry | None:
-        """Return the time by the share of the floor that the nearest measured shapes reach; None: no such shape."""
+    def _interpolated(self, spec: KernelSpec, table: Table, m: int) -> Entry | None:
+        """Return the time by how far the nearest measured shapes are from what is expected of them; None: no such
+        shape."""
         near = []
         for shape, kernels in table.shapes(self.signature).items():
-            entries = kernels.get(key)
+            entries = kernels.get(spec.key)
             if not entries or not (shape.dtype == self.shape.dtype or {shape.dtype, self.shape.dtype} <= {*_HALVES}):
                 continue
             away = math.hypot(math.log(shape.n / self.shape.n), math.log(shape.k / self.shape.k))
@@ -118,10 +125,10 @@ class Clock:
         total = share = 0.0
         for away, shape, entries in near[:_NEIGHBOURS]:
             weight = 1 / (away * away + 0.01)
-            share += weight * math.log(self._floor(shape, m) / self._at(entries, shape, m).seconds)
+            share += weight * math.log(self._at(spec, entries, shape, m).seconds / self._expected(spec, shape, m))
             total += weight
-        nearest = self._at(near[0][2], near[0][1], m)
-        return Entry(self._floor(self.shape, m) / math.exp(share / total), nearest.config)
+        nearest = self._at(spec, near[0][2], near[0][1], m)
+        return Entry(self._expected(spec, self.shape, m) * math.exp(share / total), nearest.config)
 
 
 def ordered(

@@ -2,12 +2,14 @@
 
 Run it on a card that no table is shipped for, from the root of the repository::
 
-    python -m qhub.kernels.standard --out qhub/kernels/cards [--seconds 300]
+    python -m qhub.kernels.standard --out qhub/kernels/cards [--seconds 300] [--warm 8]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,17 +22,15 @@ from torch import Tensor
 from qhub.kernels.hardware import card_name
 from qhub.kernels.spec import Problem
 from qhub.kernels.tables import BUCKETS, shipped_file
-from qhub.kernels.tune import Task, measured
+from qhub.kernels.tune import Task, measured, warmed
 from qhub.layouts import Activation, Affine, Float8, Grid, Layout, Lookup
 from qhub.layouts.tiled import Tiled
 
 __all__ = ["main", "standard_tasks"]
 
-# Llama-3 8B and 70B, fused query, key and value or gate and up among them: (N, K).
-_SHAPES = (
-    (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (6144, 4096), (28672, 4096), (28672, 8192),
-    (8192, 28672), (1024, 4096), (2048, 2048),
-)  # fmt: skip
+# Of Llama-3 8B and 70B, (N, K): those that span the field first; then fused query, key and value, gate and up.
+_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
+_MORE = ((1024, 4096), (6144, 4096), (28672, 4096), (8192, 28672), (2048, 2048))
 
 
 def _layouts(n: int, k: int) -> Iterator[Layout]:
@@ -53,14 +53,14 @@ def _layouts(n: int, k: int) -> Iterator[Layout]:
 
 def standard_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[Task]:
     """Yield what to measure, the most common first; in tiles where a layout can be held so, as on a GPU it is."""
-    kinds = len(list(_layouts(64, 128)))
-    for kind in range(kinds):
-        for n, k in _SHAPES:
-            layout = list(_layouts(n, k))[kind]
-            parts = _random(layout, device, dtype)
-            if device.type != "cpu" and Tiled.refusal(layout) is None:
-                layout, parts = Tiled.arrange(layout, parts)
-            yield Task(Problem(layout, device.type, dtype), parts)
+    for shapes in (_SHAPES, _MORE):
+        for kind in range(len(list(_layouts(64, 128)))):
+            for n, k in shapes:
+                layout = list(_layouts(n, k))[kind]
+                parts = _random(layout, device, dtype)
+                if device.type != "cpu" and Tiled.refusal(layout) is None:
+                    layout, parts = Tiled.arrange(layout, parts)
+                yield Task(Problem(layout, device.type, dtype), parts)
 
 
 def _random(layout: Layout, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -84,10 +84,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further layer after so long")
     parser.add_argument("--rows", default=",".join(map(str, BUCKETS)), help="numbers of input rows")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes first")
+    parser.add_argument("--part", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     rows = [int(one) for one in given.rows.split(",")]
     path = given.out / shipped_file(card_name(device)).name
+    if given.part is not None:
+        first, step = map(int, given.part.split("/"))
+        for task in itertools.islice(standard_tasks(device), first, None, step):
+            warmed(task, rows)
+        return
+    if given.warm:
+        own = [sys.executable, "-m", "qhub.kernels.standard", "--device", given.device, "--rows", given.rows]
+        running = [subprocess.Popen([*own, "--part", f"{part}/{given.warm}"]) for part in range(given.warm)]
+        for process in running:
+            process.wait()
     start = time.monotonic()
     for task in standard_tasks(device):
         if time.monotonic() - start > given.seconds:

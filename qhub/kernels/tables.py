@@ -74,8 +74,17 @@ class Table:
         return self.times.get(signature, {})
 
     def put(self, signature: str, shape: Shape, key: str, times: dict[int, Entry]) -> None:
-        """Replace what is known of a kernel on one shape."""
-        self.times.setdefault(signature, {}).setdefault(shape, {})[key] = times
+        """Add what is known of a kernel on one shape; other numbers of rows stay."""
+        kernels = self.times.setdefault(signature, {}).setdefault(shape, {})
+        kernels[key] = {**kernels.get(key, {}), **times}
+
+    def drop(self, key: str) -> None:
+        """Forget a kernel."""
+        for shapes in self.times.values():
+            for kernels in shapes.values():
+                kernels.pop(key, None)
+        self.configs.pop(key, None)
+        self.packages.pop(key, None)
 
     def to_json(self) -> str:
         """Return the file's text: one line for each kernel on each shape."""

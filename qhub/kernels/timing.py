@@ -26,6 +26,10 @@ _LENGTH, _CALLS = {"cuda": 1e-3}, 256
 _LENGTH_ELSEWHERE = 4e-3
 # A contestant that needs so many times the time of the fastest is not measured again.
 _HOPELESS = 8.0
+# Below so many seconds nothing is: what was first seen of it may be chance.
+_SHORT = 5e-5
+# What takes so many seconds is tried once.
+_LONG = 0.3
 # Copies of a weight take so many times the last cache, so that none is left there when its turn comes.
 _CACHES, _CACHE_UNKNOWN, _MOST_COPIES = 4, 32 << 20, 64
 
@@ -42,20 +46,19 @@ def copies_for(device: torch.device, size: int) -> int:
 def measure(contestants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int = _ROUNDS) -> dict[str, float]:
     """Return the median seconds of one call of each contestant.
 
-    ``contestants``: {name: calls}, one for each copy of the weight; all have run before. One that is hopelessly slow is
-    timed by its first calls alone.
+    ``contestants``: {name: calls}, one for each copy of the weight; all have run before. One that is hopelessly slow,
+    or that a graph cannot hold because it waits for the device, is timed by its first calls alone.
     """
-    first = {name: _burst(calls, device) for name, calls in contestants.items()}
-    # What a host needs to start a kernel hides how fast a short one is.
-    least = max(min(first.values()), 5e-5)
-    racing = {name: calls for name, calls in contestants.items() if first[name] <= _HOPELESS * least}
-    replays = {name: _replay(calls, first[name], device) for name, calls in racing.items()}
+    tried = {name: _burst(calls, device) for name, calls in contestants.items()}
+    first = {name: seconds for name, (seconds, _) in tried.items()}
+    limit = max(_HOPELESS * min(first.values()), _SHORT)
+    racing = [name for name, (seconds, repeatable) in tried.items() if repeatable and seconds <= limit]
+    replays = {name: _replay(contestants[name], first[name], device) for name in racing}
     seen: dict[str, list[float]] = {name: [] for name in racing}
-    order = list(racing)
     shuffle = random.Random(0).shuffle
     for turn in range(rounds + 1):
-        shuffle(order)
-        for name in order:
+        shuffle(racing)
+        for name in racing:
             seconds = replays[name]()
             # The first turn warms up.
             if turn:
@@ -63,18 +66,38 @@ def measure(contestants: Mapping[str, Sequence[Call]], device: torch.device, rou
     return {**first, **{name: statistics.median(times) for name, times in seen.items()}}
 
 
-def _burst(calls: Sequence[Call], device: torch.device) -> float:
-    """Return the seconds of one call, host included: enough to know how many fill a measurement."""
+def _burst(calls: Sequence[Call], device: torch.device) -> tuple[float, bool]:
+    """Return the seconds of one call, enough to know how many fill a measurement, and whether it can be replayed."""
+    some = calls[: 4 if device.type == "cuda" else 1]
+    if device.type == "cuda" and not _waits(some[0], device):
+        timed = _graph(list(some), device)
+        timed()
+        return timed(), True
     least = float("inf")
-    for _ in range(2):
+    for _ in range(3):
         _wait(device)
         start = time.perf_counter()
-        some = calls[: 4 if device.type == "cuda" else 1]
         for call in some:
             call()
         _wait(device)
         least = min(least, (time.perf_counter() - start) / len(some))
-    return least
+        if least > _LONG:
+            break
+    return least, device.type != "cuda"
+
+
+def _waits(call: Call, device: torch.device) -> bool:
+    """Return whether the call waits for the device: found out before a capture, which it would break."""
+    _wait(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def _replay(calls: Sequence[Call], guess: float, device: torch.device) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from qhub.errors import UnsupportedError
 from qhub.kernels import dense_kernels, dispatch, reference
 from qhub.kernels.admission import TOLERANCE
 from qhub.kernels.binding import Runner
-from qhub.kernels.hardware import card_name
+from qhub.kernels.hardware import card_name, nominal
 from qhub.kernels.signature import signature
 from qhub.kernels.spec import Problem
 from qhub.kernels.tables import BUCKETS, Entry, Shape, Table, packages_of, user_file
@@ -22,7 +22,7 @@ from qhub.kernels.timing import copies_for, measure, measured_card
 from qhub.layouts import Parts, nbytes
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["Change", "Task", "Tuning", "measured", "tasks", "tune"]
+__all__ = ["Change", "Task", "Tuning", "measured", "tasks", "tune", "warmed"]
 
 # A config must beat the kernel's own choice by so much; less is noise.
 _GAIN = 0.97
@@ -176,10 +176,17 @@ def measured(
     return result
 
 
-class _Contest:
-    """Is what competes for one task."""
+def warmed(task: Task, rows: Sequence[int]) -> None:
+    """Run everything that :func:`measured` would run once, so that what is compiled on first use is in its caches."""
+    contest = _Contest(task, False, Table(nominal(next(iter(task.parts.values())).device)), Tuning(""), copies=1)
+    for m in rows:
+        contest.prepared(m)
 
-    def __init__(self, task: Task, bridges: bool, table: Table, result: Tuning) -> None:
+
+class _Contest:
+    """Is what competes for one task. ``copies``: of the weight; None: as many as no cache holds."""
+
+    def __init__(self, task: Task, bridges: bool, table: Table, result: Tuning, copies: int | None = None) -> None:
         self.task, self.table, self.result = task, table, result
         problem, parts = task.problem, task.parts
         self.device = next(iter(parts.values())).device
@@ -190,32 +197,37 @@ class _Contest:
             name: reason for name, reason in refused.items() if "differs" in reason or "failed" in reason
         }
         self.runners = [*runners, Runner(dense_kernels.reference_spec(problem, parts))]
-        count = copies_for(self.device, nbytes(parts))
+        count = copies or copies_for(self.device, nbytes(parts))
         self.copies: list[Parts] = [parts]
         self.copies += [{name: part.clone() for name, part in parts.items()} for _ in range(count - 1)]
         self.times: dict[str, dict[int, Entry]] = {}
         self.configs: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def measure(self, m: int) -> None:
-        """Time everything that takes ``m`` rows."""
+    def prepared(self, m: int) -> dict[str, tuple[Runner, str | None, list[Callable[[], Any]]]]:
+        """Return all that takes ``m`` rows and is right, by its label, each having run once."""
         problem, layout = self.task.problem, self.task.problem.layout
         generator = torch.Generator().manual_seed(m)
         x = torch.randn(m, layout.in_features, generator=generator).to(self.device, problem.dtype)
-        contestants: dict[str, list[Callable[[], Any]]] = {}
-        entered: dict[str, tuple[Runner, str | None]] = {}
+        entered = {}
         with torch.no_grad():
             wanted = reference.linear(x, layout, self.task.parts)
             for runner, config in self._entries(m):
                 label = runner.spec.name if config is None else f"{runner.spec.name}/{config}"
                 calls = self._calls(runner, x, label, wanted)
                 if calls is not None:
-                    contestants[label], entered[label] = calls, (runner, config)
-            del wanted
-            first = next(iter(contestants))
+                    entered[label] = (runner, config, calls)
+        return entered
+
+    def measure(self, m: int) -> None:
+        """Time everything that takes ``m`` rows."""
+        entered = self.prepared(m)
+        contestants = {label: calls for label, (_, _, calls) in entered.items()}
+        first = next(iter(contestants))
+        with torch.no_grad():
             seconds = measure({**contestants, _CONTROL: contestants[first]}, self.device)
         control = seconds.pop(_CONTROL) / seconds[first]
         best: dict[str, float] = {}
-        for label, (runner, config) in entered.items():
+        for label, (runner, config, _) in entered.items():
             spec, took = runner.spec, seconds[label]
             kept = self.times.setdefault(spec.key, {}).get(m)
             if kept is None or took < kept.seconds * (_GAIN if kept.config is None else 1.0):
@@ -225,16 +237,19 @@ class _Contest:
             best[spec.name] = self.times[spec.key][m].seconds
         after = min(best, key=lambda name: best[name])
         self.result.changes.append(
-            Change(signature(layout), self.task.shape, m, self.before.name(m), after, best, control)
+            Change(signature(self.task.problem.layout), self.task.shape, m, self.before.name(m), after, best, control)
         )
 
     def store(self) -> None:
-        """Put the times into the table."""
+        """Put the times into the table, beside those of other numbers of rows."""
         for runner in self.runners:
-            key = runner.spec.key
+            key, packages = runner.spec.key, packages_of(runner.spec)
             if key in self.times:
+                if self.table.packages.get(key, packages) != packages:
+                    # What was measured with other versions would pass for new.
+                    self.table.drop(key)
                 self.table.put(signature(self.task.problem.layout), self.task.shape, key, self.times[key])
-                self.table.packages[key] = packages_of(runner.spec)
+                self.table.packages[key] = packages
                 self.table.configs.setdefault(key, {}).update(self.configs.get(key, {}))
 
     def _entries(self, m: int) -> Iterator[tuple[Runner, str | None]]:

@@ -55,6 +55,8 @@ class Layout(ABC):
     """
 
     kind: ClassVar[str]
+    # Whether it is another layout's numbers in another order, that of a kernel; plain() then gives that layout.
+    arranged: ClassVar[bool] = False
 
     out_features: int
     in_features: int
@@ -113,6 +115,10 @@ class Layout(ABC):
         """Return a layout of the core's and its parts with the same weights: itself, unless a layout says the same in
         words of its own (blocks of a file, mapped as they are)."""
         return self, dict(parts)
+
+    def in_plain_order(self) -> Layout:
+        """Return the layout that :meth:`plain` gives where this one is :attr:`arranged`; itself where not."""
+        return self
 
     def scale_tensors(self) -> dict[str, Nested | None]:
         """Return the names of the scale tensors, each with how it is quantized in turn; None for plain ones."""

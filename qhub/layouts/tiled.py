@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qhub.errors import LayoutError
+from qhub.layouts import rows
 from qhub.layouts.affine import Affine
 from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec
 from qhub.layouts.columns import Columns
@@ -45,6 +46,7 @@ class Tiled(Layout):
     """
 
     kind: ClassVar[str] = "tiled"
+    arranged: ClassVar[bool] = True
 
     of: Layout
 
@@ -162,9 +164,9 @@ class Tiled(Layout):
         dtype = values.dtype
         if dtype == torch.float8_e8m0fnu:
             values = values.view(torch.uint8)
-        rows = self.of.grid.rows  # type: ignore[attr-defined]
-        if rows > 1:
-            values = values.repeat_interleave(min(rows, self.out_features), dim=-2)[..., : self.out_features, :]
+        shared = self.of.grid.rows  # type: ignore[attr-defined]
+        if shared > 1:
+            values = values.repeat_interleave(min(shared, self.out_features), dim=-2)[..., : self.out_features, :]
         filled = torch.nn.functional.pad(values, (0, 0, 0, self.tiles * ROWS - self.out_features))
         tiled = filled.reshape(*values.shape[:-2], self.tiles, ROWS, values.shape[-1]).transpose(-1, -2).contiguous()
         return tiled.view(dtype)
@@ -184,12 +186,18 @@ class Tiled(Layout):
             own["qweight"] = (codes ^ 0x80).contiguous().view(torch.int8)
         else:
             own["qweight"] = pack(codes, bits)
-        rows = self.of.grid.rows  # type: ignore[attr-defined]
+        shared = self.of.grid.rows  # type: ignore[attr-defined]
         for name in self._tiled_names():
             tiled = parts[name].transpose(-1, -2)
             values = tiled.reshape(*tiled.shape[:-3], self.tiles * ROWS, tiled.shape[-1])[..., : self.out_features, :]
-            own[name] = (values[..., ::rows, :] if rows > 1 else values).contiguous()
+            own[name] = (values[..., ::shared, :] if shared > 1 else values).contiguous()
         return self.of, {**{name: part for name, part in parts.items() if name not in own}, **own}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.of.describe(), "arranged": self.kind}
+
+    def in_plain_order(self) -> Layout:
+        return self.of
 
     # -- whatever is no product is done in the ordinary order ---------------------------------------------------------
 
@@ -250,6 +258,14 @@ class Tiled(Layout):
         return self.of.take_rows(self.plain(parts)[1], index)
 
     def stacked_rows(self, parts: Sequence[Parts], layouts: Sequence[Layout]) -> dict[str, Tensor] | None:
+        whole_tiles = all(layout.out_features % ROWS == 0 for layout in layouts[:-1])
+        if whole_tiles and not self._shares_rows():
+            others = set(self.of.core_specs()) - {"qweight", *self._tiled_names()}
+            if not all(rows.identical([one[name] for one in parts]) for name in others):
+                return None
+            joined = {name: torch.cat([one[name] for one in parts], dim=-3) for name in self._tiled_names()}
+            words = torch.cat([one["qweight"] for one in parts], dim=-4)
+            return {**{name: parts[0][name] for name in others}, **joined, "qweight": words}
         plain = []
         for layout, own in zip(layouts, parts, strict=True):
             assert isinstance(layout, Tiled)

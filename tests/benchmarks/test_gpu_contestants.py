@@ -9,9 +9,10 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.case import Case, checked_rows
 from benchmarks.gpu.contestants import ALL, chosen
 from benchmarks.gpu.gemlite_peer import complete_configurations
-from benchmarks.gpu.grid import Reference, finished
+from benchmarks.gpu.grid import finished
 from benchmarks.gpu.native_peers import words_along_k
 from benchmarks.gpu.qhub_contestants import CONTESTANTS
+from benchmarks.gpu.reference import Reference
 
 
 @pytest.fixture(scope="module")

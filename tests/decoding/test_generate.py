@@ -1,4 +1,4 @@
-"""An optimized model's ``generate`` returns what it returned before, in every mode, or says why it took the plain way."""
+"""An optimized model's ``generate`` returns what it returned before, in every mode, or says why it went another way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import qhub
 from qhub.decoding import decoder as decoder_module
+from qhub.decoding.graphs import StepError
 from qhub.decoding.optimizing import _decoders
+from qhub.decoding.steps import StaticStep
 
 from .conftest import KINDS
 
@@ -113,7 +115,12 @@ def test_settings(make, settings):
 @pytest.mark.usefixtures("late")
 def test_scores_logits_and_cache(make):
     model = make("llama")
-    settings = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    settings = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.2,
+    }
     plain, fast = both(model, prompt(2), eos_token_id=list(range(12)), **settings)
     assert torch.equal(plain.sequences, fast.sequences)
     for name in ("scores", "logits"):
@@ -221,6 +228,72 @@ def test_the_cache_grows(make, monkeypatch):
         assert torch.equal(plain, fast)
         assert max(key[1] for key in _decoders[model].steps) >= 96
         assert len(_decoders[model].steps) <= 2
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_prompts_are_read_in_form_from_the_second_call_on(make, kind):
+    model = make(kind)
+    both(model, prompt(2))
+    forms = _decoders[model].prompt
+    # Soft caps are no part of transformers' sdpa, GPT-2 has no parts that are known.
+    assert bool(forms) == (kind not in ("gpt2", "gemma2"))
+    long = prompt(3, 40)
+    fast = model.generate(**long, max_new_tokens=20, do_sample=False)
+    qhub.optimize(model, False)
+    assert torch.equal(fast, model.generate(**long, max_new_tokens=20, do_sample=False))
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_step_that_cannot_be_had(make, kind, sampling, monkeypatch, caplog):
+    def refuse(step: StaticStep, greedy: bool) -> None:
+        raise StepError("its step asks the host")
+
+    monkeypatch.setattr(StaticStep, "ready", refuse)
+    model = make(kind)
+    with caplog.at_level(logging.INFO, logger="qhub"):
+        plain, fast = both(model, prompt(2), do_sample=sampling, return_dict_in_generate=True)
+        assert torch.equal(plain.sequences, fast.sequences)
+        assert fast.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+        again = model.generate(**prompt(2), max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, model.generate(**prompt(2), max_new_tokens=5, do_sample=False))
+    assert len([record for record in caplog.records if "asks the host" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_step_that_cannot_grow(make, greedy, monkeypatch):
+    monkeypatch.setattr(decoder_module, "_ROUND", 16)
+    monkeypatch.setattr(decoder_module, "_AHEAD", 8)
+    ready = StaticStep.ready
+
+    def refuse(step: StaticStep, greedy: bool) -> None:
+        if step.capacity > 32:
+            raise StepError("there is no memory")
+        ready(step, greedy)
+
+    monkeypatch.setattr(StaticStep, "ready", refuse)
+    model = make("llama")
+    plain, fast = both(model, prompt(2), max_new_tokens=60, do_sample=not greedy)
+    assert torch.equal(plain, fast)
+
+
+def test_a_call_within_a_call(make):
+    model = make("llama")
+    inner = []
+
+    class Asking(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            inner.append(model.generate(**prompt(), max_new_tokens=4, do_sample=False))
+            return scores
+
+    qhub.optimize(model)
+    wanted = model.generate(**prompt(), max_new_tokens=4, do_sample=False)
+    outer = model.generate(
+        **prompt(), max_new_tokens=4, do_sample=False, logits_processor=LogitsProcessorList([Asking()])
+    )
+    assert len(inner) == 4
+    assert all(torch.equal(found, wanted) for found in (outer, *inner))
+    assert any("under way" in reason for reason in _decoders[model].told)
 
 
 def test_steps_are_used_again(make):

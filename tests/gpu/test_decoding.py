@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import qhub
+from qhub.decoding.graphs import GraphStep
 from qhub.decoding.optimizing import _decoders
-from qhub.decoding.steps import GraphStep
 from tests.decoding.conftest import KINDS, build
 from tests.decoding.test_generate import Collect, prompt
 
@@ -37,7 +37,12 @@ def both(model: torch.nn.Module, arguments: dict[str, Any], **settings: Any) -> 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_same_tokens_from_captured_steps(kind, batch):
     model = build(kind).cuda()
-    for settings in ({}, {"do_sample": True, "top_k": 20}, {"eos_token_id": list(range(20))}, {"repetition_penalty": 1.2}):
+    for settings in (
+        {},
+        {"do_sample": True, "top_k": 20},
+        {"eos_token_id": list(range(20))},
+        {"repetition_penalty": 1.2},
+    ):
         plain, fast = both(model, on_gpu(batch), **settings)
         assert torch.equal(plain, fast), settings
     decoder = _decoders[model]
@@ -63,7 +68,9 @@ def test_half_precision_is_as_good_as_the_models_own(kind, dtype):
     fast = model.generate(**arguments)
     assert _decoders[model].steps
     qhub.optimize(wide, False)
-    exact = wide(fast.sequences, attention_mask=torch.cat([arguments["attention_mask"], torch.ones(2, 12).cuda()], 1).long())
+    exact = wide(
+        fast.sequences, attention_mask=torch.cat([arguments["attention_mask"], torch.ones(2, 12).cuda()], 1).long()
+    )
     wanted = exact.logits[:, -13:-1].double()
 
     def error(out: Any) -> float:

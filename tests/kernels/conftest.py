@@ -38,6 +38,9 @@ class Calls:
             self.bound.append(name)
 
             def run(x, bias):
+                # What kernels are promised.
+                assert x.dim() == 2 and x.is_contiguous() and x.dtype == dtype and x.shape[0] > 0
+                assert bias is None or bias.dtype == dtype
                 self.seen.append((name, x.shape[0], config))
                 return reference.linear(x, layout, parts, bias)
 

@@ -60,7 +60,8 @@ def fp4_table():
 
 
 def installed(name):
-    library = {"gemlite": "gemlite", "marlin": "gptqmodel"}.get(name.partition("-")[0], name.partition("-")[0])
+    library = name.partition("-")[0]
+    library = {"marlin": "gptqmodel", "machete": "gptqmodel"}.get(library, library)
     if library != "tinygemm" and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
 
@@ -70,13 +71,10 @@ def check(monkeypatch, name, layout, parts, dtype, rows=(1, 2, 5, 17, 40)):
     spec = dispatch.kernels()[name]
     device = next(iter(parts.values())).device
     reason = spec.refusal(Problem(layout, device.type, dtype))
-    if reason is not None and any(word in reason for word in ("runs on", "not compiled", "a GPU")):
+    if reason is not None and any(word in reason for word in ("runs on", "not compiled", "could not load", "a GPU")):
         pytest.skip(reason)
     monkeypatch.setenv("QHUB_KERNEL", name)
     choice = dispatch.choose(layout, parts, dtype)
-    if name.startswith("gemlite"):
-        # It tunes itself for each of a few ranges of M, seconds each.
-        rows = rows[::3]
     weight = layout.dequantize(parts, torch.float64)
     for m in rows:
         assert choice.name(m) == name
@@ -94,13 +92,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("tiled", [False, True], ids=["plain", "tiled"])
-@pytest.mark.parametrize("name", ["tinygemm", "gemlite", "marlin"])
+@pytest.mark.parametrize("name", ["tinygemm", "marlin", "machete"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
     ("zero", "zero_point"), [("constant", 8.0), ("constant", 7.5), ("value", 0.0), ("offset", 8.0), ("offset", 0.0)]
 )
 def test_affine(monkeypatch, device, name, dtype, zero, zero_point, tiled):
-    if name == "marlin" and (zero, zero_point) != ("constant", 8.0):
+    if name in ("marlin", "machete") and (zero, zero_point) != ("constant", 8.0):
         pytest.skip("symmetric codes only")
     if name == "tinygemm" and device.type == "cuda" and dtype != torch.bfloat16:
         pytest.skip("bfloat16 only on a GPU")
@@ -117,10 +115,21 @@ def test_tinygemm_sizes(monkeypatch, device, group, n, k):
     check(monkeypatch, "tinygemm", *affine(device, n, k, group=group), torch.bfloat16)
 
 
+@pytest.mark.parametrize("tiled", [False, True], ids=["plain", "tiled"])
+@pytest.mark.parametrize(("zero", "zero_point"), [("constant", 8.0), ("value", 0.0), ("offset", 8.0)])
+def test_gemlite(monkeypatch, device, zero, zero_point, tiled):
+    # A size and numbers of rows that it brings configurations for: it tunes itself for others, seconds to minutes each.
+    layout, parts = affine(device, 4096, 4096, group=128, zero=zero, zero_point=zero_point)
+    if tiled:
+        layout, parts = Tiled.arrange(layout, parts)
+    check(monkeypatch, "gemlite" + ("-tiled" if tiled else ""), layout, parts, torch.bfloat16, rows=(1, 8, 16, 128))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_gemlite_widths(monkeypatch, device, bits):
     layout, parts = affine(device, 256, 512, bits=bits, group=128, zero="value", zero_point=0.0)
-    check(monkeypatch, "gemlite", layout, parts, torch.float16)
+    check(monkeypatch, "gemlite", layout, parts, torch.float16, rows=(1, 17))
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (4, 512), (8, 128), (8, 512)])
@@ -184,6 +193,7 @@ def test_bitsandbytes_int8(monkeypatch, device, dtype, threshold):
         ("tinygemm", {"n": 120}, "multiple of"),
         ("tinygemm", {"bits": 3}, "bits"),
         ("marlin", {"zero": "value"}, "runs on cuda|without zeros"),
+        ("machete", {"group": 32}, "runs on cuda|groups of"),
     ],
 )
 def test_refused_with_a_reason(name, change, reason, device):
@@ -192,6 +202,18 @@ def test_refused_with_a_reason(name, change, reason, device):
     layout, _ = affine(device, **change)
     said = dispatch.kernels()[name].refusal(Problem(layout, "cpu", torch.bfloat16)) or ""
     assert re.search(reason, said), said
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_those_of_gptq(bits):
+    from qhub_bridges.extension import words_along_k
+
+    q = torch.randint(0, 2**bits, (3, 64), generator=torch.Generator().manual_seed(0))
+    words = words_along_k(q.to(torch.uint8), bits).to(torch.int64) & 0xFFFFFFFF
+    for row in range(3):
+        for column in range(64):
+            word = int(words[column * bits // 32, row])
+            assert word >> (column * bits % 32) & (2**bits - 1) == int(q[row, column])
 
 
 def test_a_second_copy_is_made_only_for_who_asks(device):

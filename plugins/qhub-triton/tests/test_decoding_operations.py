@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qhub_triton.decoding.attending import attend
+from qhub_triton.decoding.attention import attend_token
 from qhub_triton.decoding.gating import gate
 from qhub_triton.decoding.norms import add_norm
 from qhub_triton.decoding.picking import pick
-from qhub_triton.decoding.rotary import rotate_store
 
 from qhub.decoding.operations import ACTIVATIONS, REFERENCE, NormRule
 
@@ -41,8 +40,9 @@ def test_add_norm(dtype, size, rule):
     assert error(y, wanted) < TOLERANCE[dtype]
     same, alone = add_norm(x, None, weight, rule)
     assert same is x
-    assert error(alone, REFERENCE.add_norm(x.double(), None, weight.double(), replace(rule, early=False))[1]) < (
-        TOLERANCE[dtype]
+    assert (
+        error(alone, REFERENCE.add_norm(x.double(), None, weight.double(), replace(rule, early=False))[1])
+        < (TOLERANCE[dtype])
     )
 
 
@@ -60,62 +60,48 @@ def test_gate_far_out():
         assert torch.allclose(gate(x, activation), torch.tensor([[0.0, 2e4]], device=DEVICE), atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("size", "rotary"), [(8, 8), (80, 80), (16, 4)])
-def test_rotate_store(dtype, normed, size, rotary):
-    batch, heads, kv_heads, length = 3, 4, 2, 7
-    qkv = randn(batch, (heads + 2 * kv_heads) * size, dtype=dtype)
-    angle = torch.rand(batch, rotary, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    rule = NormRule(1e-6)
-    norm = (randn(size, dtype=dtype, seed=5) + 1, rule) if normed else None
-    position = torch.tensor(4, device=DEVICE)
-    caches = [randn(batch, kv_heads, length, size, dtype=dtype, seed=i) for i in (2, 3)]
-    found = [c.clone() for c in caches]
-    q = rotate_store(qkv, cos, sin, *found, position, heads, norm, norm)
-    wide = [c.double() for c in caches]
-    wide_norm = (norm[0].double(), replace(rule, early=False)) if norm else None
-    wanted = REFERENCE.rotate_store(
-        qkv.double(), cos.double(), sin.double(), *wide, position, heads, wide_norm, wide_norm
-    )
-    assert error(q, wanted) < TOLERANCE[dtype]
-    for seen, expected, before in zip(found, wide, caches, strict=True):
-        assert error(seen[:, :, 4], expected[:, :, 4]) < TOLERANCE[dtype]
-        untouched = [0, 1, 2, 3, 5, 6]
-        assert torch.equal(seen[:, :, untouched], before[:, :, untouched])
-
-
 CASES = [
-    # heads, kv heads, size, capacity, position, window, softcap
-    (4, 2, 16, 256, 0, None, None),
-    (4, 2, 16, 256, 63, None, None),
-    (4, 4, 8, 256, 64, None, None),
-    (8, 2, 32, 512, 511, None, None),
-    (8, 2, 32, 1024, 900, None, 3.0),
-    (4, 1, 80, 512, 400, 100, None),
-    (4, 1, 16, 512, 50, 100, None),
-    (20, 1, 16, 300, 299, 5, 20.0),
+    # heads, kv heads, size, rotated, capacity, position, window, softcap, norms
+    (4, 2, 16, 16, 256, 0, None, None, False),
+    (4, 2, 16, 8, 256, 63, None, None, True),
+    (4, 4, 8, 8, 256, 64, None, None, False),
+    (8, 2, 32, 32, 512, 511, None, None, True),
+    (8, 2, 32, 32, 1024, 900, None, 3.0, False),
+    (4, 1, 80, 80, 512, 400, 100, None, True),
+    (4, 1, 16, 4, 512, 50, 100, None, False),
+    (20, 1, 16, 16, 300, 299, 5, 20.0, False),
 ]
 
 
 # The interpreter multiplies bfloat16 matrices as if they were integers.
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:2])
-@pytest.mark.parametrize(("heads", "kv_heads", "size", "capacity", "position", "window", "softcap"), CASES)
-def test_attend(dtype, heads, kv_heads, size, capacity, position, window, softcap):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rotary", "capacity", "position", "window", "softcap", "norms"), CASES
+)
+def test_attend_token(dtype, heads, kv_heads, size, rotary, capacity, position, window, softcap, norms):
     batch = 2
-    q = randn(batch, heads, size, dtype=dtype)
-    keys, values = (randn(batch, kv_heads, capacity, size, dtype=dtype, seed=i) for i in (1, 2))
-    # What lies past the text must not be read as a number.
-    keys[:, :, position + 1 :], values[:, :, position + 1 :] = float("nan"), float("nan")
+    qkv = randn(batch, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angle = torch.rand(batch, rotary, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    rule = NormRule(1e-6)
+    norm = (randn(size, dtype=dtype, seed=5) / 4 + 1, rule) if norms else None
+    wide_norm = (norm[0].double(), replace(rule, early=False)) if norm else None
+    caches = [randn(batch, kv_heads, capacity, size, dtype=dtype, seed=i) for i in (1, 2)]
+    wide = [cache.double() for cache in caches]
+    for cache in caches:
+        # What lies past the text, and what is about to be written, must not be read as a number.
+        cache[:, :, position:] = float("nan")
     start = torch.tensor([0, position // 3], device=DEVICE)
     place = torch.tensor(position, device=DEVICE)
-    found = attend(q, keys, values, place, start, size**-0.5, window, softcap)
-    wide = [torch.nan_to_num(t.double()) for t in (keys, values)]
-    wanted = REFERENCE.attend(q.double(), *wide, place, start, size**-0.5, window, softcap)
+    rest = (place, start, heads, size**-0.5, window, softcap)
+    found = attend_token(qkv, cos, sin, *caches, *rest, norm, norm)
+    wanted = REFERENCE.attend_token(qkv.double(), cos.double(), sin.double(), *wide, *rest, wide_norm, wide_norm)
     assert error(found, wanted) < TOLERANCE[dtype]
-    again = attend(q, keys, values, place, start, size**-0.5, window, softcap)
-    assert torch.equal(found, again)
+    for cache, expected in zip(caches, wide, strict=True):
+        assert error(cache[:, :, position], expected[:, :, position]) < TOLERANCE[dtype]
+        assert torch.equal(cache[:, :, :position].double(), expected[:, :, :position])
+        assert bool(cache[:, :, position + 1 :].isnan().all())
+    assert torch.equal(found, attend_token(qkv, cos, sin, *caches, *rest, norm, norm))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

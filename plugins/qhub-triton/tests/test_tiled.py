@@ -41,9 +41,9 @@ def made(layout, seed=0):
     return {name: part.to(DEVICE) for name, part in parts.items()}
 
 
-def check(layout, m, dtype=DTYPES[0], config=None, seed=0, biased=False):
+def check(layout, m, dtype=DTYPES[0], config=None, seed=0, biased=False, parts=None):
     """Compare the product with float64."""
-    parts = made(layout, seed)
+    parts = parts or made(layout, seed)
     tiled, own = Tiled.arrange(layout, parts)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(m, layout.in_features, generator=generator).to(DEVICE, dtype)
@@ -106,6 +106,14 @@ def test_float8(format, grid, config):
 def test_lookup(nested, config):
     layout = Lookup(out_features=96, in_features=512, grid=Grid.along_k(64), scales_nested=nested)
     check(layout, 4, config=config)
+
+
+@pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
+def test_scales_that_are_powers_of_two(config):
+    layout = Lookup(out_features=96, in_features=512, grid=Grid.along_k(32))
+    parts = made(layout)
+    parts["scales"] = torch.randint(120, 131, (96, 16), dtype=torch.uint8).to(DEVICE).view(torch.float8_e8m0fnu)
+    check(layout, 4, config=config, parts=parts)
 
 
 @pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])

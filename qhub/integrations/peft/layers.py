@@ -150,11 +150,15 @@ def unmerge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any
     old = {name: _recalled(weight, layer) for name, weight in weights.items()}
     with dense_weights(base, weights) as dense:
         original(*args, **kwargs)
-        written = {
-            name: old[name] or _rounded(name, "", weight, dense[name], None, layer) for name, weight in weights.items()
-        }
+        written = {}
+        for name, weight in weights.items():
+            before = old[name]
+            # What was there may have been in another order of codes: it comes back as it was.
+            written[name] = (
+                weight._like(_rounded(name, "", weight, dense[name], None, layer)) if before is None else before
+            )
     for name, weight in weights.items():
-        weight.data = weight._like(written[name])
+        weight.data = written[name]
     _restore(base, vars(layer).pop(_BIASES, {}))
 
 
@@ -162,20 +166,20 @@ def unmerge(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any
 class _Before:
     """Is what a weight was before adapters were merged into it, and the layers that merged some."""
 
-    parts: Parts
+    weight: QuantizedTensor
     layers: list[Any]
 
 
 def _remember(weight: QuantizedTensor, layer: Any) -> None:
     before = getattr(weight, _PARTS, None)
     if before is None:
-        setattr(weight, _PARTS, _Before(weight.parts, [layer]))
+        setattr(weight, _PARTS, _Before(weight._like(weight.parts), [layer]))
     elif not any(one is layer for one in before.layers):
         before.layers.append(layer)
 
 
-def _recalled(weight: QuantizedTensor, layer: Any) -> Parts | None:
-    """Return the parts of ``weight`` without any adapter, if ``layer`` is the last that merged some; else None."""
+def _recalled(weight: QuantizedTensor, layer: Any) -> QuantizedTensor | None:
+    """Return ``weight`` without any adapter, if ``layer`` is the last that merged some; else None."""
     before = getattr(weight, _PARTS, None)
     if before is None or not any(one is layer for one in before.layers):
         return None
@@ -183,7 +187,7 @@ def _recalled(weight: QuantizedTensor, layer: Any) -> Parts | None:
     if before.layers:
         return None
     delattr(weight, _PARTS)
-    return before.parts
+    return before.weight
 
 
 def forget(layer: Any) -> None:

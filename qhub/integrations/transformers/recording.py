@@ -60,7 +60,8 @@ def record_config(model: Any, quantizer: Any) -> None:
     for name, info in find_weights(model).items():
         parameter = model.get_parameter(name)
         planned = quantizer.plan.get(name)
-        layout = parameter.quant_layout if isinstance(parameter, QuantizedTensor) else planned and planned.layout
+        held = parameter.quant_layout if isinstance(parameter, QuantizedTensor) else None
+        layout = held.in_plain_order() if held is not None else planned and planned.layout
         rows = -1 if info.transposed or info.kind == "conv1d" else -2
         for prefix, shape in _in_file(model, name):
             if layout is None:

@@ -69,7 +69,7 @@ def entries_of_model(
             )
         if isinstance(value, QuantizedTensor):
             if name in own:
-                quantized[name] = value if value.device.type != "meta" else _offloaded(model, name)
+                quantized[name] = (value if value.device.type != "meta" else _offloaded(model, name)).in_plain_order()
         else:
             state[name] = value
     dense = list(state)

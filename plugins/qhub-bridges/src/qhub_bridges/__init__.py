@@ -4,7 +4,7 @@ offers.py         the kernels as data
 terms.py          an affine weight as scale * q + shift, however its layout says it
 tinygemm.py       torch's own int4 product
 bnb4.py, bnb8.py  bitsandbytes' products with NF4 and FP4, and with int8
-marlin.py         gptqmodel's Marlin
+marlin.py         gptqmodel's Marlin; machete.py: its Machete; extension.py: what both need
 gemlite_linear.py gemlite's Triton kernels
 """
 

@@ -1,63 +1,37 @@
 """gptqmodel's Marlin: symmetric codes of 4 and 8 bits, sums in float32.
 
-Its extension is compiled on the user's machine (minutes, with nvcc) the first time gptqmodel needs it; qhub uses one
-that has been compiled and never starts that. Sources: gptqmodel 7.7 ``utils/marlin.py`` for the arguments and the order
-of scales, ``gptqmodel_ext/marlin``; words as GPTQ packs them.
+Sources: gptqmodel 7.7 ``utils/marlin.py`` for the arguments and the order of scales, ``gptqmodel_ext/marlin``; words as
+GPTQ packs them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qhub.kernels import Problem
-from qhub.layouts import Affine, Layout, Parts
-from qhub_bridges.terms import affine_of, grouping_refusal, terms
+from qhub.layouts import Layout, Parts
+from qhub_bridges.extension import missing, symmetric_refusal, type_id, words_along_k
+from qhub_bridges.terms import affine_of, layout_suffix, terms
 
-__all__ = ["accepts", "bind", "linear", "prepare", "scale_order", "words_along_k"]
+__all__ = ["accepts", "bind", "linear", "prepare", "scale_order"]
 
 _GROUPS = frozenset({32, 64, 128})
 
 
 def accepts(problem: Problem) -> str | None:
     """Return why ``problem`` cannot be computed; None when it can."""
-    layout = affine_of(problem.layout)
-    if not isinstance(layout, Affine) or layout.bits not in (4, 8):
-        return f"takes affine codes of 4 and 8 bits, not {layout.kind}"
-    reason = grouping_refusal(layout, _GROUPS | {layout.in_features})
+    reason = symmetric_refusal(problem.layout, _GROUPS)
     if reason is not None:
         return reason
-    middle = 2.0 ** (layout.bits - 1)
-    if layout.zero != "constant" or layout.zero_point != middle:
-        return f"takes codes around {middle:.0f}, without zeros of their own"
-    n, k = layout.out_features, layout.in_features
+    n, k = problem.layout.out_features, problem.layout.in_features
     if not ((n % 64 == 0 and k % 128 == 0) or (n % 128 == 0 and k % 64 == 0)):
         return f"needs tiles of 64 x 128 or 128 x 64, this is {n}x{k}"
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU by NVIDIA of compute capability 8.0 or later"
-    return _missing(problem.dtype)
-
-
-def _missing(dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("gptqmodel") is None:
-        return "gptqmodel is not installed"
-    extension = _extension(dtype)
-    if extension is None:
-        return "this gptqmodel keeps Marlin elsewhere than 7.7 does"
-    # Only what is compiled: loading would compile what is not.
-    if not (extension._ops_available() or extension._try_load_prebuilt_library(extension.build_root())):
-        return "gptqmodel's Marlin is not compiled here: load a GPTQ model with gptqmodel once"
-    return None
-
-
-def _extension(dtype: torch.dtype) -> Any:
-    from gptqmodel.utils import marlin
-
-    return getattr(marlin, f"_MARLIN_{_short(dtype).upper()}_TORCH_OPS_EXTENSION", None)
+    return missing("marlin" + layout_suffix(problem.layout), f"marlin_{_short(problem.dtype)}")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -69,23 +43,6 @@ def _ops(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tenso
     short = _short(dtype)
     names = getattr(torch.ops, f"gptqmodel_marlin_{short}")
     return names.gptq_marlin_repack, getattr(names, f"gptq_marlin_gemm_{short}")
-
-
-def _type_id(bits: int) -> int:
-    from gptqmodel.utils.marlin_scalar_type import scalar_types
-
-    return (scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128).id
-
-
-def words_along_k(q: Tensor, bits: int) -> Tensor:
-    """Return codes (N, K) as words (K * bits / 32, N) int32: neighbours along K in one, the first lowest (GPTQ)."""
-    per_word = 32 // bits
-    n, k = q.shape
-    columns = q.t().reshape(k // per_word, per_word, n)
-    words = torch.zeros(k // per_word, n, dtype=torch.int32, device=q.device)
-    for index in range(per_word):
-        words |= columns[:, index].to(torch.int32) << (bits * index)
-    return words
 
 
 def scale_order(whole_rows: bool, device: torch.device) -> Tensor:
@@ -115,7 +72,7 @@ def bind(layout: Layout, parts: Parts, dtype: torch.dtype) -> Callable[[Tensor, 
     """Return the product with ``parts`` as :func:`prepare` made them."""
     packed, scales, workspace = parts["packed"], parts["scales"], parts["workspace"]
     n, k = layout.out_features, layout.in_features
-    kind = _type_id(affine_of(layout).bits)  # type: ignore[attr-defined]
+    kind = type_id(affine_of(layout).bits)  # type: ignore[attr-defined]
     product = _ops(dtype)[1]
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:

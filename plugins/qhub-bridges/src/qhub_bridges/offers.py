@@ -35,13 +35,22 @@ def offers() -> list[KernelSpec]:
             cost=Cost(bandwidth=0.55, rate=0.45, tile=16, launch=5e-6),
         ),
         _spec(
+            "machete",
+            "machete",
+            devices=_CUDA,
+            dtypes=_HALVES,
+            bits=frozenset({4, 8}),
+            packages=("gptqmodel",),
+            cost=Cost(bandwidth=0.4, rate=0.85, tile=16, launch=8e-6),
+        ),
+        _spec(
             "gemlite",
             "gemlite_linear",
             devices=_CUDA,
             dtypes=_HALVES,
             bits=frozenset({1, 2, 4, 8}),
             packages=("gemlite", "triton"),
-            probes=(1, 3, 17),
+            probes=(1, 16, 128),
             cost=Cost(bandwidth=0.4, rate=0.3, tile=16, launch=5e-6),
         ),
     ]

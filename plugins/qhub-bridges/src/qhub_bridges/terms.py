@@ -7,12 +7,17 @@ from torch import Tensor
 
 from qhub.layouts import Affine, Layout, Parts
 
-__all__ = ["affine_of", "group_of", "grouping_refusal", "terms"]
+__all__ = ["affine_of", "group_of", "grouping_refusal", "layout_suffix", "terms"]
 
 
 def affine_of(layout: Layout) -> Layout:
     """Return the layout of the numbers: that which a tiled layout holds in tiles, or ``layout`` itself."""
     return getattr(layout, "of", layout)
+
+
+def layout_suffix(layout: Layout) -> str:
+    """Return what the name of a kernel for this layout ends in: ``-tiled`` for tiles."""
+    return "" if affine_of(layout) is layout else f"-{layout.kind}"
 
 
 def group_of(layout: Affine) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "interpreted", "native", "overlaps", "stream_of"]
+__all__ = ["Launch", "interpreted", "native", "overlaps", "processors", "stream_of"]
 
 
 def interpreted(kernel: Any) -> bool:
@@ -28,6 +28,13 @@ def native(device: torch.device) -> bool:
 def overlaps(device: torch.device) -> bool:
     """Return whether a kernel on ``device`` can begin while the one before it ends (compute capability 9.0)."""
     return native(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors ``device`` has; elsewhere than on a GPU, an H100's."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stream_of(device_index: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qhub_triton.decoding.overlapping import early
+from qhub_triton.decoding.overlapping import aligned, early, launches_on
+from qhub_triton.launch import Launch
 
 __all__ = ["add_norm", "normed"]
 
@@ -31,8 +33,8 @@ def _add_norm(
     weight_ptr,
     total_ptr,
     y_ptr,
-    size,
-    eps,
+    SIZE: tl.constexpr,
+    EPS: tl.constexpr,
     DELTA: tl.constexpr,
     OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
@@ -43,8 +45,8 @@ def _add_norm(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < size
-    where = row * size + at
+    inside = at < SIZE
+    where = row * SIZE + at
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if EARLY_START:
@@ -55,8 +57,8 @@ def _add_norm(
         total = x.to(dtype)
         tl.store(total_ptr + where, total, mask=inside)
         x = total.to(tl.float32)
-    mean = tl.sum(x * x, 0) / size
-    tl.store(y_ptr + where, normed(x, weight, mean, eps, OFFSET, EARLY, dtype), mask=inside)
+    mean = tl.sum(x * x, 0) / SIZE
+    tl.store(y_ptr + where, normed(x, weight, mean, EPS, OFFSET, EARLY, dtype), mask=inside)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, rule: Any) -> tuple[Tensor, Tensor]:
@@ -64,26 +66,23 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, rule: Any) -> tupl
     size = x.shape[-1]
     if size > 65536 or weight.dtype != x.dtype:
         raise NotImplementedError("rows of up to 65536 features, weights of the input's dtype")
-    x = x.contiguous()
-    delta = None if delta is None else delta.contiguous()
+    x, weight = aligned(x), aligned(weight)
+    delta = None if delta is None else aligned(delta)
     y = torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
     rows = x.numel() // size if size else 0
     if rows:
-        block = triton.next_power_of_2(size)
-        _add_norm[(rows,)](
-            x,
-            x if delta is None else delta,
-            weight,
-            total,
-            y,
-            size,
-            rule.eps,
-            DELTA=delta is not None,
-            OFFSET=rule.offset,
-            EARLY=rule.early,
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
-            **early(x.device),
-        )
+        device = x.device
+        launch = _launch(device, size, rule.eps, rule.offset, rule.early, delta is not None, x.dtype)
+        launch((rows, 1, 1), launches_on(device), x, x if delta is None else delta, weight, total, y)
     return total, y
+
+
+@cache
+def _launch(
+    device: torch.device, size: int, eps: float, offset: float, rounds: bool, delta: bool, dtype: torch.dtype
+) -> Launch:
+    block = triton.next_power_of_2(size)
+    constants = {"SIZE": size, "EPS": eps, "DELTA": delta, "OFFSET": offset, "EARLY": rounds, "BLOCK": block}
+    start, options = early(device)
+    return Launch(_add_norm, {**constants, **start}, {"num_warps": min(8, max(1, block // 512)), **options})

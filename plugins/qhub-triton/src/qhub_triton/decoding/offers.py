@@ -13,8 +13,7 @@ def offers(device: str) -> Mapping[str, str] | None:
         return None
     return {
         "add_norm": "qhub_triton.decoding.norms:add_norm",
-        "rotate_store": "qhub_triton.decoding.rotary:rotate_store",
-        "attend": "qhub_triton.decoding.attending:attend",
+        "attend_token": "qhub_triton.decoding.attention:attend_token",
         "gate": "qhub_triton.decoding.gating:gate",
         "pick": "qhub_triton.decoding.picking:pick",
     }

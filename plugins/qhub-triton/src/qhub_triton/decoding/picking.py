@@ -108,6 +108,7 @@ def pick(
         return REFERENCE.pick(logits, tokens, unfinished, ends, pad, text, position, finished)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    start, options = early(logits.device)
     best = torch.empty(rows, _PIECES, dtype=torch.float32, device=logits.device)
     index = torch.empty(rows, _PIECES, dtype=torch.int32, device=logits.device)
     piece = triton.cdiv(size, _PIECES)
@@ -121,7 +122,8 @@ def pick(
         PIECES=_PIECES,
         BLOCK=triton.next_power_of_2(piece),
         num_warps=8,
-        **early(logits.device),
+        **start,
+        **options,
     )
     _pick[(1,)](
         best,
@@ -140,6 +142,7 @@ def pick(
         ROWS=triton.next_power_of_2(rows),
         ENDS=max(2, triton.next_power_of_2(ends.shape[0])),
         num_warps=4,
-        **early(logits.device),
+        **start,
+        **options,
     )
     return None

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from qhub.layouts import Layout, Parts
 from qhub_triton.eightbit.product import multiply
-from qhub_triton.eightbit.rounded import PIECE, Rounder
+from qhub_triton.eightbit.rounded import Rounder
 from qhub_triton.eightbit.scheme import Scheme, own_scales, scheme_of
 from qhub_triton.eightbit.space import Plan, Space
 from qhub_triton.eightbit.vector import multiply_row
 from qhub_triton.launch import Launch
 
-__all__ = ["Row", "RowProduct", "Tile", "TileProduct", "index_of"]
+__all__ = ["Row", "RowProduct", "Tile", "TileProduct"]
+
+
+# Columns with outliers that are multiplied at a time.
+_OUTLIERS = 16
 
 
 class Row(NamedTuple):
@@ -26,8 +29,7 @@ class Row(NamedTuple):
     bn: int
     bk: int
     warps: int
-    fold: int = 16
-    ahead: int = 0
+    fold: int = 8
     chain: bool = False
 
 
@@ -50,11 +52,6 @@ class Tile(NamedTuple):
     each: int = 16
 
 
-def index_of(x: Tensor) -> int:
-    """Return the number of the GPU that ``x`` is on; -1 for none."""
-    return x.device.index if x.device.type != "cpu" else -1
-
-
 class _Product:
     """Holds a weight's tensors. ``parts`` are kept, not their addresses: those may change."""
 
@@ -63,6 +60,8 @@ class _Product:
         self.n, self.k = layout.out_features, layout.in_features
         self.weight, self.own = parts["qweight"], own_scales(parts)
         self.stored = parts["input_scale"] if self.scheme.scale == 1 else None
+        self.device = self.weight.device
+        self.index = -1 if self.device.type == "cpu" else self.device.index or 0
         self.launches: dict[bool, Launch] = {}
 
 
@@ -81,7 +80,7 @@ class RowProduct(_Product):
             "LARGEST": scheme.largest, "SHIFT": scheme.shift, "LIMIT": scheme.limit, "POWERS": scheme.powers,
             "THRESHOLD": scheme.threshold, "GROUP": scheme.group, "BLOCKS": scheme.blocks, "BIAS": biased,
             "EXPONENTS": self.own.dtype == torch.uint8, "EVEN": self.k % config.bk == 0, "BN": config.bn,
-            "BK": config.bk, "FOLD": config.fold, "AHEAD": config.ahead, "CHAIN": config.chain,
+            "BK": config.bk, "FOLD": config.fold, "CHAIN": config.chain,
         }  # fmt: skip
         options = {"num_warps": config.warps}
         return Launch(multiply_row, constants, {**options, "launch_pdl": True} if config.chain else options)
@@ -91,9 +90,9 @@ class RowProduct(_Product):
         launch = self.launches.get(bias is not None)
         if launch is None:
             launch = self.launches[bias is not None] = self._launch(bias is not None)
-        out = torch.empty(1, self.n, dtype=x.dtype, device=x.device)
+        out = torch.empty(1, self.n, dtype=x.dtype, device=self.device)
         launch(
-            self.grid, index_of(x), self.weight, x, out, self.own, self.own if self.stored is None else self.stored,
+            self.grid, self.index, self.weight, x, out, self.own, self.own if self.stored is None else self.stored,
             out if bias is None else bias, self.n, self.k, self.scheme.rows, self.scheme.cols, self.scheme.across,
         )  # fmt: skip
         return out
@@ -111,11 +110,11 @@ class TileProduct(_Product):
 
     def _launch(self, biased: bool) -> Launch:
         scheme, config = self.scheme, self.config
-        pieces = triton.next_power_of_2(-(-self.k // PIECE)) if self.outliers else 1
         constants = {
-            "UNIT": scheme.unit, "GROUP": scheme.group, "BLOCKS": scheme.blocks, "OUTLIERS": self.outliers,
-            "BIAS": biased, "EXPONENTS": self.own.dtype == torch.uint8, "EVEN": self.k % config.bk == 0, "PIECE": PIECE,
-            "PIECES": pieces, "BN": config.bn, "BM": config.bm, "BK": config.bk, "SPLIT": config.split,
+            "UNIT": scheme.unit, "GROUP": scheme.group, "BLOCKS": scheme.blocks,
+            "FLAT": scheme.rows % config.bn == 0, "OUTLIERS": _OUTLIERS if self.outliers else 0, "BIAS": biased,
+            "EXPONENTS": self.own.dtype == torch.uint8, "EVEN": self.k % config.bk == 0, "BN": config.bn,
+            "BM": config.bm, "BK": config.bk, "SPLIT": config.split,
             "IMPRECISE": config.imprecise, "BAND": config.band, "PDL": config.pdl,
             "AHEAD": config.ahead, "CHAIN": config.chain,
         }  # fmt: skip
@@ -135,23 +134,25 @@ class TileProduct(_Product):
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return (M, N) in x's dtype."""
-        m, split = x.shape[0], self.config.split
+        m, split, device = x.shape[0], self.config.split, self.index
         plan, tiles = self.plans.get(m) or self._plan(m)
         launch = self.launches.get(bias is not None)
         if launch is None:
             launch = self.launches[bias is not None] = self._launch(bias is not None)
-        device = index_of(x)
-        space = Space(plan, x.device)
-        self.rounder(x, self.stored, space, tiles if split > 1 else 0, device)
-        out = torch.empty(m, self.n, dtype=x.dtype, device=x.device)
-        codes, steps = space.at("codes", launch, device), space.at("steps", launch, device)
-        flags = pieces = out if not self.outliers else None
+        space = Space(plan, self.device)
+        outliers = None
         if self.outliers:
-            flags, pieces = space.at("flags", launch, device), space.at("pieces", launch, device)
-        work = space.at("work", launch, device) if split > 1 else out
+            outliers = (space.tensor("flags"), space.tensor("columns"), space.tensor("outliers"))
+        warm = not self.outliers and launch.fast is not None and self.rounder.warm(m)
+        # Addresses once all is compiled, tensors before.
+        at = space.address if warm else space.tensor
+        codes, steps, counters = at("codes"), at("steps"), at("counters")
+        self.rounder(x, self.stored, codes, steps, counters, tiles if split > 1 else 0, device, outliers)
+        out = torch.empty(m, self.n, dtype=x.dtype, device=self.device)
+        columns, number = (out, out) if outliers is None else outliers[1:]
         launch(
             (tiles, split, 1), device, self.weight, codes, out, self.own, steps, out if bias is None else bias, x,
-            flags, pieces, work, space.at("counters", launch, device), m, self.n, self.k, self.scheme.rows,
+            columns, number, at("work") if split > 1 else out, counters, m, self.n, self.k, self.scheme.rows,
             self.scheme.cols, self.scheme.across,
         )  # fmt: skip
         return out

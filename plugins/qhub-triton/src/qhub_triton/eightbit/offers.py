@@ -12,7 +12,7 @@ __all__ = ["offers"]
 
 def offers() -> list[KernelSpec]:
     """Return the products with inputs in 8 bits: float8 and int8."""
-    from qhub.kernels import Cost, KernelSpec
+    from qhub.kernels.spec import Cost, KernelSpec
 
     return [
         KernelSpec(

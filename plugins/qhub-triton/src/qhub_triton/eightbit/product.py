@@ -23,23 +23,39 @@ def weight_scale(own, at, EXPONENTS: tl.constexpr):
     return tl.load(own + at).to(tl.float32)
 
 
+@triton.jit
+def _tile_scale(
+    steps, tile_scales, m, M, start, wanted, cols,
+    GROUP: tl.constexpr, FLAT: tl.constexpr, EXPONENTS: tl.constexpr,
+):  # fmt: skip
+    """Return what the sums over columns from ``start`` on are multiplied by, for each row of input."""
+    scale = tl.full(m.shape, 1.0, tl.float32)
+    if GROUP > 0:
+        at = steps + (start // GROUP).to(tl.int64) * M + m
+        scale = tl.load(at, mask=(m < M) & wanted, other=0.0)
+    if FLAT:
+        # Beyond the end nothing is multiplied any more; the first scale is as good as any.
+        scale = scale * weight_scale(tile_scales, tl.where(wanted, start // cols, 0), EXPONENTS)
+    return scale
+
+
 @triton.jit(do_not_specialize=["M"])
 def multiply(
-    w, codes, out, own, steps, bias, x, flags, pieces, work, counters, M, N, K, rows, cols, across,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, OUTLIERS: tl.constexpr, BIAS: tl.constexpr,
-    EXPONENTS: tl.constexpr, EVEN: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, IMPRECISE: tl.constexpr, BAND: tl.constexpr,
-    PDL: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+    w, codes, out, own, steps, bias, x, columns, outliers, work, counters, M, N, K, rows, cols, across,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, FLAT: tl.constexpr, OUTLIERS: tl.constexpr,
+    BIAS: tl.constexpr, EXPONENTS: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, IMPRECISE: tl.constexpr, BAND: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Write ``out`` (M, N) = codes @ w.T, scaled, plus ``bias`` (N,).
 
     ``own``: scales of the weight, ``across`` to a row of blocks, one for ``rows`` x ``cols`` weights, times ``UNIT``;
-    ``BLOCKS``: they change along K. ``steps``: those of the inputs, (M,) or (K / GROUP, M).
-    ``OUTLIERS``: columns in ``flags`` (K,) are multiplied as ``x`` (M, K) has them; ``pieces`` says which runs of
-    ``PIECE`` hold one, ``PIECES`` is their number up to a power of two. ``IMPRECISE``: along K, what a matrix unit may
-    add up at its own precision (some 14 bits on Hopper); 0: all. ``BAND``: tiles of rows whose programs follow each other.
-    ``PDL``: launched while the inputs are being rounded; ``AHEAD``: bytes of each row of weights to ask for before
-    they are (a multiple of 32; K and the rows' addresses multiples of 16). ``CHAIN``: what follows may be launched at once.
+    ``BLOCKS``: they change along K; ``FLAT``: but not within ``BN`` rows. ``steps``: those of the inputs, (M,) or
+    (K / GROUP, M). ``OUTLIERS``: at a time, how many of the ``outliers`` () first entries of ``columns`` (K,) are
+    multiplied as ``x`` (M, K) has them; their codes are 0. ``IMPRECISE``: along K, what a matrix unit may add up at its
+    own precision (some 14 bits on Hopper); 0: all. ``BAND``: tiles of rows whose programs follow each other. ``PDL``:
+    launched while the inputs are being rounded; ``AHEAD``: bytes of each row of weights to ask for before they are, a
+    power of two from 64 on. ``CHAIN``: what follows may be launched at once.
     """
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -51,12 +67,13 @@ def multiply(
     n = tile_n * BN + tl.arange(0, BN)
     m = tile_m * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
-    # Rows beyond the end are read as the last one and never written.
-    w_row = tl.minimum(n, N - 1) - tile_n * BN
-    x_row = tl.minimum(m, M - 1) - tile_m * BM
-    w_at = w + (tile_n * BN).to(tl.int64) * K + w_row[:, None] * K + k[None, :]
-    x_at = codes + (tile_m * BM).to(tl.int64) * K + x_row[:, None] * K + k[None, :]
+    present = m < M
+    # Rows of the weight beyond its end are read as the last one and never written.
+    w_row = w + (tile_n * BN).to(tl.int64) * K + ((tl.minimum(n, N - 1) - tile_n * BN) * K)[:, None]
+    x_row = (tile_m * BM).to(tl.int64) * K + (tl.arange(0, BM) * K)[:, None]
+    w_at, x_at = w_row + k[None, :], codes + x_row + k[None, :]
     scale_row = tl.minimum(n, N - 1) // rows * across
+    tile_scales = own + (tile_n * BN) // rows * across
 
     steps_k = tl.cdiv(K, BK)
     share = tl.cdiv(steps_k, SPLIT)
@@ -69,33 +86,36 @@ def multiply(
     else:
         acc = tl.zeros([BN, BM], SUM)
     if AHEAD > 0:
-        # The first weights come while the inputs are still being rounded.
-        line = tl.arange(0, 2 * BN)
-        row = tl.minimum(tile_n * BN + line // 2, N - 1)
-        wanted = tl.minimum(AHEAD, (high - low) * BK) // 2
-        from_k = low * BK + (line % 2) * wanted
-        size = tl.maximum(tl.minimum(wanted, K - from_k), 0)
-        prefetch(w, row, K, from_k, size, 2 * BN)
+        # The first weights come while the inputs are still being rounded; into the cache alone, for they could be
+        # written until then.
+        line = low * BK + tl.arange(0, AHEAD // 64) * 64
+        prefetch(w_row + tl.minimum(line, K - 1)[None, :])
     if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if SCALED:
+        scale = _tile_scale(steps, tile_scales, m, M, low * BK, low < high, cols, GROUP, BLOCKS and FLAT, EXPONENTS)
     for block in range(low, high):
         start = block * BK
         if EVEN:
             wt = tl.load(w_at + start)
-            xt = tl.load(x_at + start)
+            xt = tl.load(x_at + start, mask=present[:, None], other=0.0)
         else:
-            # Codes of 0, as bytes: an 8-bit float has no mask value of its own in every version.
             wt = tl.load(w_at + start, mask=(start + k < K)[None, :], other=0.0)
-            xt = tl.load(x_at + start, mask=(start + k < K)[None, :], other=0.0)
+            xt = tl.load(x_at + start, mask=present[:, None] & (start + k < K)[None, :], other=0.0)
         if SCALED:
+            # The next scales are on their way during this product.
+            later = _tile_scale(
+                steps, tile_scales, m, M, start + BK, block + 1 < high, cols, GROUP, BLOCKS and FLAT, EXPONENTS
+            )
+            if BLOCKS and not FLAT:
+                each = weight_scale(own, scale_row + start // cols, EXPONENTS)
             part = tl.dot(wt, tl.trans(xt), out_dtype=SUM).to(tl.float32)
-            if BLOCKS:
-                part = part * weight_scale(own, scale_row + start // cols, EXPONENTS)[:, None]
-            if GROUP > 0:
-                part = part * tl.load(steps + (start // GROUP).to(tl.int64) * M + tl.minimum(m, M - 1))[None, :]
-            acc += part
+            if BLOCKS and not FLAT:
+                part = part * each[:, None]
+            acc += part * scale[None, :]
+            scale = later
         elif INTEGER:
             acc = tl.dot(wt, tl.trans(xt), acc, out_dtype=tl.int32)
         elif IMPRECISE > 0:
@@ -104,21 +124,15 @@ def multiply(
             acc = tl.dot(wt, tl.trans(xt), acc)
     total = acc.to(tl.float32)
     if GROUP == 0:
-        total = total * tl.load(steps + tl.minimum(m, M - 1))[None, :]
-    if OUTLIERS:
-        some = tl.load(pieces + tl.arange(0, PIECES), mask=tl.arange(0, PIECES) * PIECE < K, other=0)
-        if tl.max(some.to(tl.int32), axis=0) > 0:
-            kept = tl.zeros([BN, BM], tl.float32)
-            raw_at = x + (tile_m * BM).to(tl.int64) * K + x_row[:, None] * K + k[None, :]
-            for block in range(low, high):
-                start = block * BK
-                inside = start + k < K
-                column = tl.load(flags + start + k, mask=inside, other=0)
-                if tl.max(column.to(tl.int32), axis=0) > 0:
-                    wt = tl.load(w_at + start, mask=inside[None, :], other=0)
-                    raw = tl.load(raw_at + start, mask=(inside & (column != 0))[None, :], other=0.0)
-                    kept = tl.dot(wt.to(raw.dtype), tl.trans(raw), kept)
-            total += kept
+        total = total * tl.load(steps + m, mask=present, other=0.0)[None, :]
+    if OUTLIERS > 0:
+        count = tl.load(outliers)
+        for first in tl.range(split * OUTLIERS, count, SPLIT * OUTLIERS, num_stages=1):
+            slot = first + tl.arange(0, OUTLIERS)
+            column = tl.load(columns + slot, mask=slot < count, other=0)
+            wt = tl.load(w_row + column[None, :], mask=(slot < count)[None, :], other=0)
+            raw = tl.load(x + x_row + column[None, :], mask=present[:, None] & (slot < count)[None, :], other=0.0)
+            total = tl.dot(wt.to(raw.dtype), tl.trans(raw), total)
 
     if SPLIT > 1:
         slot = work + tile.to(tl.int64) * (SPLIT * BN * BM)

@@ -32,24 +32,36 @@ def _clear(counters, counted):
 
 
 @triton.jit
-def measure_rows(x, maxima, K, BLOCK: tl.constexpr):
+def _list(flag, at, columns, count):
+    """Write those of ``at`` whose ``flag`` is 1 to ``columns`` from entry ``count`` on; return where they end."""
+    tl.store(columns + count + tl.cumsum(flag, axis=0) - 1, at, mask=flag != 0)
+    return count + tl.sum(flag, axis=0)
+
+
+@triton.jit
+def measure_rows(x, maxima, K, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
     """Write the largest |x| of each row to ``maxima`` (M,) float32."""
+    if CHAIN:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tl.store(maxima + row, _absmax_row(x, row, K, 0.0, BLOCK))
 
 
 @triton.jit(do_not_specialize=["M", "counted"])
 def round_rows(
-    x, codes, steps, stored, maxima, flags, counters, M, K, counted,
-    KIND: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr,
+    x, codes, steps, stored, maxima, flags, columns, outliers, counters, M, K, counted,
+    SCALE: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr,
     LIMIT: tl.constexpr, POWERS: tl.constexpr, THRESHOLD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Write codes (M, K) and steps (M,) of ``x`` (M, K); one program per row.
 
     ``SCALE``: 0 the row's own, 1 the ``stored`` one, 2 that of the largest of ``maxima`` (M,). ``WHOLE``: the row fits
-    in one block. ``THRESHOLD``: if above 0, magnitudes from it on do not count, and columns in ``flags`` (K,) get code 0.
-    The first program also writes ``counted`` zeros to ``counters``, which the product counts with.
+    in one block. ``THRESHOLD``: if above 0, magnitudes from it on do not count, and columns in ``flags`` (K,) get
+    code 0. The first program also writes their numbers to ``columns`` (K,) in order and how many there are to
+    ``outliers`` (), and ``counted`` zeros to ``counters``, which the product counts with. ``PDL``: the
+    next kernel may be launched at once; ``CHAIN``: this one was.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -86,15 +98,24 @@ def round_rows(
     if WHOLE:
         wide = value.to(tl.float32)
         if THRESHOLD > 0:
-            wide = tl.where(tl.load(flags + at, mask=at < K, other=0) != 0, 0.0, wide)
+            flag = tl.load(flags + at, mask=at < K, other=0).to(tl.int32)
+            wide = tl.where(flag != 0, 0.0, wide)
+            if row == 0:
+                tl.store(outliers, _list(flag, at, columns, 0))
         tl.store(codes + row * K + at, code_of(wide, step, inverse, LARGEST, KIND), mask=at < K)
     else:
+        count = 0
         for start in range(0, K, BLOCK):
             inside = start + at < K
             piece = tl.load(x + row * K + start + at, mask=inside, other=0.0).to(tl.float32)
             if THRESHOLD > 0:
-                piece = tl.where(tl.load(flags + start + at, mask=inside, other=0) != 0, 0.0, piece)
+                flag = tl.load(flags + start + at, mask=inside, other=0).to(tl.int32)
+                piece = tl.where(flag != 0, 0.0, piece)
+                if row == 0:
+                    count = _list(flag, start + at, columns, count)
             tl.store(codes + row * K + start + at, code_of(piece, step, inverse, LARGEST, KIND), mask=inside)
+        if THRESHOLD > 0 and row == 0:
+            tl.store(outliers, count)
 
 
 @triton.jit(do_not_specialize=["M", "counted"])
@@ -124,16 +145,17 @@ def round_groups(
 
 @triton.jit(do_not_specialize=["M"])
 def mark_outliers(
-    x, flags, pieces, M, K,
-    THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr,
+    x, flags, M, K,
+    THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Write to ``flags`` (K,) which columns of ``x`` (M, K) hold a magnitude from ``THRESHOLD`` on, and to ``pieces``
-    which runs of ``COLUMNS`` hold such a column.
+    """Write to ``flags`` (K,) which columns of ``x`` (M, K) hold a magnitude from ``THRESHOLD`` on.
 
     ``SHARED``: several programs look at the rows of a column, and write only ones, over zeros.
     """
-    piece = tl.program_id(0)
-    at = piece * COLUMNS + tl.arange(0, COLUMNS)
+    if CHAIN:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < K
     found = tl.zeros([ROWS, COLUMNS], tl.int32)
     for start in range(tl.program_id(1) * ROWS, M, ROWS * tl.num_programs(1)):
@@ -141,11 +163,7 @@ def mark_outliers(
         value = tl.load(x + row[:, None] * K + at[None, :], mask=(row < M)[:, None] & inside[None, :], other=0.0)
         found = tl.maximum(found, tl.where(tl.abs(value.to(tl.float32)) >= THRESHOLD, 1, 0))
     column = tl.max(found, axis=0)
-    some = tl.max(column, axis=0)
     if SHARED:
         tl.store(flags + at, column.to(tl.int8), mask=inside & (column > 0))
-        if some > 0:
-            tl.store(pieces + piece, some.to(tl.int8))
     else:
         tl.store(flags + at, column.to(tl.int8), mask=inside)
-        tl.store(pieces + piece, some.to(tl.int8))

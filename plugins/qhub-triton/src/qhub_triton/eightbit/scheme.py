@@ -24,9 +24,9 @@ CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 class Scheme:
     """Holds the numbers of an input's rounding and of a weight's scales, as kernels take them.
 
-    ``kind``, ``powers``: see :mod:`qhub_triton.eightbit.steps`. ``scale``: of inputs, 0 for one per row, 1 stored, 2 for one per
-    tensor. ``limit``, ``threshold``: 0 for none. ``shift``: the exponent of ``largest`` as frexp counts. ``rows``, ``cols``: weights that share a scale;
-    ``across``: scales in a row of blocks; ``blocks``: they change along K. ``exponents``: scales are E8M0.
+    ``kind``, ``powers``: see :mod:`qhub_triton.eightbit.steps`. ``scale``: of inputs, 0 for one per row, 1 stored, 2
+    for one per tensor. ``limit``, ``threshold``: 0 for none. ``shift``: the exponent of ``largest`` as frexp counts.
+    ``rows``, ``cols``: weights that share a scale; ``across``: scales in a row of blocks.
     """
 
     kind: int

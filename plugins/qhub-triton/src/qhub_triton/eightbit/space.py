@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qhub_triton.launch import Launch
-
 __all__ = ["Plan", "Space"]
 
 _ALIGNMENT = 256
@@ -26,21 +24,18 @@ class Plan:
 
 
 class Space:
-    """Is the memory of a plan. :meth:`at` gives a piece as a launch wants it: its address once compiled, a tensor
-    before."""
+    """Is the memory of a plan."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan = plan
+        self.pieces = plan.pieces
         self.memory = torch.empty(plan.nbytes, dtype=torch.uint8, device=device)
         self.base = self.memory.data_ptr()
 
     def tensor(self, name: str) -> Tensor:
         """Return a piece as a flat tensor."""
-        start, count, dtype = self.plan.pieces[name]
+        start, count, dtype = self.pieces[name]
         return self.memory[start : start + count * dtype.itemsize].view(dtype)
 
-    def at(self, name: str, launch: Launch, device: int) -> Tensor | int:
-        """Return a piece for ``launch`` on GPU number ``device``."""
-        if launch.fast is not None and launch.device == device:
-            return self.base + self.plan.pieces[name][0]
-        return self.tensor(name)
+    def address(self, name: str) -> int:
+        """Return where a piece begins."""
+        return self.base + self.pieces[name][0]

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["code_of", "code_value", "inverse_of", "magnitude_bits", "magnitude_of", "power_value", "prefetch", "rounded_code", "step_of"]
+__all__ = [
+    "code_of",
+    "code_value",
+    "inverse_of",
+    "magnitude_bits",
+    "magnitude_of",
+    "power_value",
+    "prefetch",
+    "step_of",
+]
 
 
 @triton.jit
@@ -67,7 +76,7 @@ def inverse_of(step):
 
 
 @triton.jit
-def rounded_code(ratio, LARGEST: tl.constexpr, KIND: tl.constexpr):
+def _rounded_code(ratio, LARGEST: tl.constexpr, KIND: tl.constexpr):
     """Return the int8 or float8 nearest to ``ratio``, ties to even; beyond ``LARGEST`` saturates, NaN stays a NaN."""
     if KIND == 0:
         # Adding 1.5 * 2^23 leaves no bits below one: the sum is rounded half to even.
@@ -91,7 +100,7 @@ def code_of(x, step, inverse, LARGEST: tl.constexpr, KIND: tl.constexpr):
     """
     ratio = x * inverse
     ratio = tl.fma(tl.fma(-ratio, tl.zeros_like(ratio) + step, x), tl.zeros_like(ratio) + inverse, ratio)
-    return rounded_code(ratio, LARGEST, KIND)
+    return _rounded_code(ratio, LARGEST, KIND)
 
 
 @triton.jit
@@ -107,11 +116,8 @@ def code_value(code):
 
 
 @triton.jit
-def prefetch(w, row, K, start, size, COUNT: tl.constexpr):
-    """Ask the L2 cache of an NVIDIA GPU (9.0 and later) for ``size`` bytes of ``COUNT`` rows ``row`` of ``w``, from
-    byte ``start`` on; all multiples of 16."""
-    at = (w + row.to(tl.int64) * K + start).to(tl.int64)
+def prefetch(at):
+    """Ask for the lines at ``at`` to be brought into the L2 cache of an NVIDIA GPU."""
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [at, tl.zeros([COUNT], tl.int32) + size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qhub_triton.eightbit.product import weight_scale
-from qhub_triton.eightbit.steps import code_of, code_value, inverse_of, magnitude_bits, magnitude_of, prefetch, step_of
+from qhub_triton.eightbit.steps import code_of, code_value, inverse_of, magnitude_bits, magnitude_of, step_of
 
 __all__ = ["multiply_row"]
 
@@ -20,13 +20,13 @@ def multiply_row(
     UNIT: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr,
     SHIFT: tl.constexpr, LIMIT: tl.constexpr, POWERS: tl.constexpr, THRESHOLD: tl.constexpr, GROUP: tl.constexpr,
     BLOCKS: tl.constexpr, BIAS: tl.constexpr, EXPONENTS: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+    BK: tl.constexpr, FOLD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Write ``out`` (N,) = rounded ``x`` (K,) times ``w`` (N, K), scaled, plus ``bias`` (N,).
 
-    Scales as in :func:`qhub_triton.eightbit.product.multiply`; ``SCALE``: 1 if the input's is ``stored``. ``BLOCKS`` needs the
-    ``BN`` rows to lie in one block. ``FOLD``: neighbours along K that are summed at once. ``AHEAD``: bytes of each row of weights to ask for at once.
-    ``CHAIN``: launched before what makes ``x`` has ended.
+    Scales as in :func:`qhub_triton.eightbit.product.multiply`; ``SCALE``: 1 if the input's is ``stored``. ``BLOCKS``
+    needs the ``BN`` rows to lie in one block. ``FOLD``: neighbours along K that are summed at once. ``CHAIN``: launched
+    before what makes ``x`` has ended, and what follows may be too.
     """
     first = tl.program_id(0) * BN
     n = first + tl.arange(0, BN)
@@ -34,17 +34,15 @@ def multiply_row(
     w_row = tl.minimum(n, N - 1) - first
     w_at = w + first.to(tl.int64) * K + w_row[:, None] * K + k[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
-    if AHEAD > 0:
-        prefetch(w, tl.minimum(n, N - 1), K, 0, tl.minimum(AHEAD, K), BN)
     if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()
+        # Nothing may be read before this, weights neither: what ran before may have written them.
+        tl.extra.cuda.gdc_wait()
     if EVEN:
         ahead = tl.load(w_at)
     else:
         ahead = tl.load(w_at, mask=(k < K)[None, :], other=0.0)
 
-    if CHAIN:
-        tl.extra.cuda.gdc_wait()
     step = 1.0
     if GROUP == 0:
         if SCALE == 1:
@@ -87,9 +85,8 @@ def multiply_row(
         product = code_value(wt) * known[None, :]
         acc += tl.sum(tl.reshape(product, [BN, BK // FOLD, FOLD]), axis=2)
     total = tl.sum(acc, axis=1)
-    if GROUP == 0:
-        if THRESHOLD == 0:
-            total = total * step
+    if GROUP == 0 and THRESHOLD == 0:
+        total = total * step
     if not BLOCKS:
         total = total * (weight_scale(own, tl.minimum(n, N - 1) // rows * across, EXPONENTS) * UNIT)
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTEGER", "E4M3", "E5M2", "TABLE", "numbers", "offset_of", "ones_like"]
+__all__ = ["INTEGER", "E4M3", "E5M2", "TABLE", "numbers", "offset_of", "ones"]
 
 INTEGER: tl.constexpr = tl.constexpr(0)
 TABLE: tl.constexpr = tl.constexpr(1)
@@ -91,18 +91,13 @@ def numbers(
 
 
 @triton.jit
-def ones_like(words, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """Return ones of the shape of int16 ``words``, made of them so that a product's operands get one layout."""
-    if NATIVE:
-        HALF: tl.constexpr = DTYPE == tl.float16
-        return _pairs(words, _ones(HALF), HALF)
-    else:
-        return ((words & 0) + 1).to(tl.float32).to(DTYPE)
+def ones(WARPS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return ones (WARPS, ROWS, 32) in DTYPE.
 
-
-@triton.constexpr_function
-def _ones(half):
-    return "{ .reg .b32 t; mov.b32 t, $1; mov.b32 $0, " + ("0x3C003C00" if half else "0x3F803F80") + "; }"
+    Joined from halves, as the words are: the compiler then gives both operands of a product the same order.
+    """
+    half = tl.full((WARPS, ROWS // 2, 32), 1.0, tl.float32).to(DTYPE)
+    return tl.join(half, half).permute(0, 3, 1, 2).reshape(WARPS, ROWS, 32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The product for few rows of input: every weight is read once, straight into the registers of the matrix units.
+"""The product for few rows of input: every weight is read once, and goes to the matrix units with one shift.
 
 A program computes 16 * TALL rows of the output, its warps share the columns among them, and each warp reads 16-byte pieces
 of a tile that are the fragments its matrix unit wants: the order of K is chosen to that end, for the codes and the input
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones_like
+from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["few"]
@@ -71,6 +71,59 @@ def _inputs(x, m0, k, M, K, stride_xm, WARPS: tl.constexpr, BLOCK_M: tl.constexp
             return both.permute(1, 4, 3, 0, 2).reshape(WARPS, 32, 32)
 
 
+@triton.jit
+def _turn(
+    acc, pieces, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp, base, m0, M, K,
+    GROUPS, stride_xm,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
+    NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, NATIVE: tl.constexpr,
+    WARPS: tl.constexpr, TALL: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return ``acc`` (WARPS, 16 * TALL, BLOCK_M) plus the products of the blocks in ``pieces``, from block ``base`` on."""
+    P: tl.constexpr = 16 // BITS
+    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
+    # Slices of one block whose weights share their scales.
+    RUN: tl.constexpr = run_of(P, GROUP)
+    HEIGHT: tl.constexpr = 16 * TALL
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE) * (17 if WIDE else 1)
+    for i in tl.static_range(AHEAD):
+        block = base + i * WARPS + warp
+        codes = _fragments(_words(pieces, i, WARPS, TALL), HEIGHT, WARPS)
+        for run in tl.static_range(P // RUN):
+            d = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+            e = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+            sums = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+            for place in tl.static_range(run * RUN, run * RUN + RUN):
+                k = (block * P + place) * 32
+                xv = _inputs(x, m0, k, M, K, stride_xm, WARPS, BLOCK_M)
+                xv = _fragments(xv, BLOCK_M, WARPS).permute(0, 2, 1)
+                if WIDE:
+                    d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
+                    e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
+                else:
+                    d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
+                if KIND == INTEGER:
+                    sums = tl.dot(ones(WARPS, HEIGHT, DTYPE), xv, sums)
+            if WIDE:
+                d += 16.0 * e
+            group = (block * P + run * RUN) * 32 // GROUP
+            known = (group < GROUPS)[:, None]
+            scale = group_scales(scales, supers, super_table, super_offset, row, group, GROUPS, known, NESTED)
+            scale = scale[:, :, None]
+            if KIND != INTEGER:
+                acc += scale * d
+            elif ZERO == 0:
+                acc += scale * (d - (OFFSET + ZERO_POINT) * sums)
+            else:
+                zero = group_zeros(zeros, zero_supers, row, group, GROUPS, known, ZERO_NESTED)[:, :, None]
+                if ZERO == 1:
+                    acc += scale * (d - (OFFSET + zero) * sums)
+                else:
+                    acc += scale * (d - (OFFSET + ZERO_POINT) * sums) + zero * sums
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def few(
     x, words, scales, zeros, table, supers, super_table, super_offset, zero_supers, bias, y,
@@ -82,18 +135,12 @@ def few(
 ):  # fmt: skip
     """Compute y (M, N) = x (M, K) @ W.T; a program: 16 * TALL columns of y, BLOCK_M rows.
 
-    GROUP: weights of a row that share a scale, a multiple of 32 or all. AHEAD: blocks of each warp that are read while
-    as many are multiplied. TURNS: how often, BLOCKS / (WARPS * AHEAD) rounded up. OVERLAP: the first weights are read while the kernel before, which makes x, still runs.
+    GROUP: weights of a row that share a scale, a multiple of 32 or all. AHEAD: blocks of each warp in a turn. TURNS:
+    how many there are, 0 for any number. OVERLAP: the first weights are read while the kernel before, which makes x,
+    still runs.
     """
-    P: tl.constexpr = 16 // BITS
-    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
-    # Slices of one block whose weights share their scales.
-    RUN: tl.constexpr = run_of(P, GROUP)
-    RUNS: tl.constexpr = P // RUN
     HEIGHT: tl.constexpr = 16 * TALL
     STEP: tl.constexpr = WARPS * AHEAD
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE) * (17 if WIDE else 1)
     n0 = tl.program_id(0) * HEIGHT
     m0 = tl.program_id(1) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
@@ -103,60 +150,33 @@ def few(
     pointer = tile + (warp * 2048)[None, :, None] + (tl.arange(0, 8) * 32)[:, None, None] + p[None, None, :]
     row = n0 + tl.arange(0, HEIGHT)
     acc = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
-    here = _pieces(pointer, 0, warp, BLOCKS, WARPS, TALL, AHEAD)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    # Unrolled, so that nothing is carried round a loop: pairs of words would be taken apart and put together for it.
-    for turn in tl.static_range(TURNS):
-        base = turn * STEP
-        inputs = ()
-        factors = ()
-        for i in tl.static_range(AHEAD):
-            block = base + i * WARPS + warp
-            for place in tl.static_range(P):
-                k = (block * P + place) * 32
-                inputs = inputs + (_inputs(x, m0, k, M, K, stride_xm, WARPS, BLOCK_M),)
-            for run in tl.static_range(RUNS):
-                group = (block * P + run * RUN) * 32 // GROUP
-                known = (group < GROUPS)[:, None]
-                factors = factors + (
-                    group_scales(scales, supers, super_table, super_offset, row, group, GROUPS, known, NESTED),
-                )
-                if ZERO == 1 or ZERO == 2:
-                    factors = factors + (group_zeros(zeros, zero_supers, row, group, GROUPS, known, ZERO_NESTED),)
-        there = here
-        if turn + 1 < TURNS:
-            there = _pieces(pointer, base + STEP, warp, BLOCKS, WARPS, TALL, AHEAD)
-        for i in tl.static_range(AHEAD):
-            codes = _fragments(_words(here, i, WARPS, TALL), HEIGHT, WARPS)
-            for run in tl.static_range(RUNS):
-                d = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
-                e = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
-                sums = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
-                for place in tl.static_range(run * RUN, run * RUN + RUN):
-                    xv = _fragments(inputs[i * P + place], BLOCK_M, WARPS).permute(0, 2, 1)
-                    if WIDE:
-                        d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
-                        e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
-                    else:
-                        d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
-                    if KIND == INTEGER:
-                        sums = tl.dot(ones_like(codes, DTYPE, NATIVE), xv, sums)
-                if WIDE:
-                    d += 16.0 * e
-                if KIND != INTEGER:
-                    acc += factors[i * RUNS + run][:, :, None] * d
-                elif ZERO == 0:
-                    acc += factors[i * RUNS + run][:, :, None] * (d - (OFFSET + ZERO_POINT) * sums)
-                else:
-                    scale = factors[2 * (i * RUNS + run)][:, :, None]
-                    zero = factors[2 * (i * RUNS + run) + 1][:, :, None]
-                    if ZERO == 1:
-                        acc += scale * (d - (OFFSET + zero) * sums)
-                    else:
-                        acc += scale * (d - (OFFSET + ZERO_POINT) * sums) + zero * sums
-        here = there
+    if TURNS == 0:
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        for base in range(0, BLOCKS, STEP):
+            here = _pieces(pointer, base, warp, BLOCKS, WARPS, TALL, AHEAD)
+            acc = _turn(
+                acc, here, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp, base, m0,
+                M, K, GROUPS, stride_xm, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, NATIVE, WARPS, TALL,
+                AHEAD, BLOCK_M,
+            )  # fmt: skip
+    else:
+        # Unrolled: what is carried round a loop would be taken apart, two words of 16 bits, and put together again.
+        here = _pieces(pointer, 0, warp, BLOCKS, WARPS, TALL, AHEAD)
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        for turn in tl.static_range(TURNS):
+            there = here
+            if turn + 1 < TURNS:
+                there = _pieces(pointer, (turn + 1) * STEP, warp, BLOCKS, WARPS, TALL, AHEAD)
+            acc = _turn(
+                acc, here, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp,
+                turn * STEP, m0, M, K, GROUPS, stride_xm, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+                NATIVE, WARPS, TALL, AHEAD, BLOCK_M,
+            )  # fmt: skip
+            here = there
     out = tl.sum(acc, axis=0) * UNIT
     if HAS_BIAS:
         out += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]

@@ -30,11 +30,15 @@ def _place(row, group, GROUPS):
 def group_scales(scales, supers, table, offset, row, group, GROUPS, known, NESTED: tl.constexpr):
     """Return the scales (len(group), len(row)) float32 of ``row`` in ``group``; 0 where not ``known``.
 
-    NESTED: None, or (second-level group, has table, has offset, divides) of :class:`qhub.layouts.Nested`.
+    NESTED: None, or (second-level group, has table, has offset, divides) of :class:`qhub.layouts.Nested`. Plain scales
+    in bytes are powers of two, in E8M0: the exponent of a float32.
     """
-    code = tl.load(scales + _place(row, group, GROUPS), mask=known, other=0.0)
+    code = tl.load(scales + _place(row, group, GROUPS), mask=known, other=0)
     if NESTED is None:
-        return code.to(tl.float32)
+        if code.dtype == tl.uint8:
+            return (code.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        else:
+            return code.to(tl.float32)
     else:
         return _second(code, supers, table, offset, row, group, GROUPS, known, NESTED)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,26 @@ from torch import Tensor
 from qhub.layouts import Float8, Layout, Nested, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
-from qhub_triton.launch import Launch, native, overlaps
+from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
 from qhub_triton.tiled import decode
+from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
-from qhub_triton.tiled.plans import Few, Many, plan, plan_of, within
+from qhub_triton.tiled.plans import Few, Many, candidates, config_of, plan, plan_of, within
 
-__all__ = ["bind", "linear"]
+__all__ = ["bind", "linear", "tunables"]
 
-# Programs wait for each other's parts through counters, which must not be shared by two streams at work.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_COUNTERS = 1 << 16
+if TYPE_CHECKING:
+    from qhub.kernels import Problem
+
+
+def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]]:
+    """Return the plans worth measuring for ``m`` rows of input, by name."""
+    layout = problem.layout
+    assert isinstance(layout, Tiled)
+    count = processors(parts["qweight"].device)
+    found = [config_of(one) for one in candidates(layout.out_features, layout.blocks, m, count)]
+    return {"-".join(str(value) for value in one.values()): one for one in found}
 
 
 def linear(
@@ -48,11 +58,10 @@ class Product:
         self.blocks, self.groups = layout.blocks, layout.groups
         self.device = parts["qweight"].device
         self.index = -1
-        processors = 132
         if self.device.type == "cuda":
             self.index = self.device.index or 0
-            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.processors = processors
+            prepare(self.device)
+        self.processors = processors(self.device)
         self.tensors = _tensors(layout, parts)
         self.constants = _constants(layout, parts, self.device)
         self.overlaps = self.index >= 0 and overlaps(self.device)
@@ -93,12 +102,15 @@ class Product:
 
     def _launch(self, m: int, biased: bool, overlap: bool) -> tuple[Few | Many, Launch]:
         chosen = within(self.chosen or plan(self.n, self.blocks, m, self.processors), self.blocks)
+        overlap = overlap and chosen.overlap
+        if isinstance(chosen, Many) and -(-self.n // chosen.block_n) * -(-m // chosen.block_m) > SIZE:
+            chosen = replace(chosen, split=1)
         constants = {**self.constants, "HAS_BIAS": biased, "NATIVE": native(self.device), "OVERLAP": overlap}
         options = {"num_warps": chosen.warps, **({"launch_pdl": True} if overlap else {})}
         if isinstance(chosen, Few):
             constants |= {
                 "WARPS": chosen.warps, "TALL": chosen.tall, "AHEAD": chosen.ahead,
-                "TURNS": -(-self.blocks // (chosen.warps * chosen.ahead)), "BLOCK_M": chosen.block_m,
+                "TURNS": chosen.turns(self.blocks), "BLOCK_M": chosen.block_m,
             }  # fmt: skip
             return chosen, Launch(few, constants, {**options, "num_stages": 1})
         constants |= {
@@ -113,14 +125,8 @@ class Product:
             return self.tensors[0], self.tensors[0]
         size = tiles * chosen.split * chosen.block_n * chosen.block_m
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.index >= 0 else 0
-        if tiles > _COUNTERS:
-            return shares, torch.zeros(tiles, dtype=torch.int32, device=self.device)
-        counters = _counters.get((self.device, stream))
-        if counters is None:
-            counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=self.device)
-            _counters[self.device, stream] = counters
-        return shares, counters
+        stream = stream_of(self.index) if self.index >= 0 else 0
+        return shares, counters(self.device, stream)
 
 
 def _whole(parts: Parts) -> bool:

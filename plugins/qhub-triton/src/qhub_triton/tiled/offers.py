@@ -13,6 +13,7 @@ __all__ = ["offers"]
 def offers() -> list[KernelSpec]:
     """Return the kernel for tiles of any width of codes."""
     from qhub.kernels import KernelSpec
+    from qhub.kernels.spec import Cost
 
     return [
         KernelSpec(
@@ -23,6 +24,12 @@ def offers() -> list[KernelSpec]:
             dtypes=frozenset({"bfloat16", "float16"}),
             transforms=True,
             accepts="qhub_triton.tiled.admission:accepts",
+            bind="qhub_triton.tiled.linear:bind",
+            tunables="qhub_triton.tiled.linear:tunables",
+            # A row each for the two kernels and the two block sizes.
+            probes=(1, 3, 20, 70, 130),
+            cost=Cost(bandwidth=0.75, rate=0.6, unit="half", tile=16, launch=3e-6),
+            packages=("triton",),
             rank=30,
         )
     ]

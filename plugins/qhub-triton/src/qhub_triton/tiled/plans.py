@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Few", "Many", "plan", "plan_of"]
+__all__ = ["Few", "Many", "candidates", "config_of", "plan", "plan_of", "within"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,12 @@ class Few:
     tall: int
     ahead: int
     block_m: int
+    overlap: bool = True
+
+    def turns(self, blocks: int) -> int:
+        """Return how many turns to unroll for a row of ``blocks``; 0 for a loop."""
+        turns = -(-blocks // (self.warps * self.ahead))
+        return turns if turns <= 2 else 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Many:
     split: int
     stages: int
     early: bool = False
+    overlap: bool = True
 
 
 def plan_of(config: dict[str, Any]) -> Few | Many:
@@ -44,18 +51,36 @@ def config_of(plan: Few | Many) -> dict[str, Any]:
 def plan(n: int, blocks: int, m: int, processors: int) -> Few | Many:
     """Return a plan for an output of ``n`` columns and ``m`` rows on a GPU of ``processors``.
 
-    ``blocks``: of a row. What the measurements on an H100 say, as a rule; a table of measurements goes before it.
+    ``blocks``: of a row. A rule drawn from measurements on an H100; a table of measurements goes before it.
     """
-    if m <= 16:
-        warps = 8 if blocks >= 8 else 4
-        return Few(warps, 1, 4 if blocks >= 4 * warps else 2, 8 if m <= 8 else 16)
-    block_m = 32 if m <= 32 else 64 if m <= 64 else 128
-    block_n = 128 if block_m == 128 and n >= 128 * processors // 2 else 64
-    tiles = -(-n // block_n) * -(-m // block_m)
+    if m <= 8:
+        pairs = -(-n // 32)
+        if pairs >= 3 * processors:
+            return Few(4, 2, 2, 8)
+        if pairs >= 1.5 * processors or blocks <= 32:
+            return Few(8, 2, 2, 8)
+        return Few(16, 1, 1, 8)
+    if m <= 32:
+        if m > 16 and n >= 90 * processors:
+            return within(Many(8, 128, 32, 2, 3), blocks)
+        # Four to seven small programs for each processor.
+        split = _doubled(-(-n // 64), 7 * processors, 8)
+        wide = -(-n // 64) * split > 6 * processors
+        return within(Many(4, 64, 16 if m <= 16 else 32, split, 4 if m <= 16 else 3, overlap=wide), blocks)
+    tiles = -(-n // 128)
+    if m <= 64:
+        return within(Many(8, 128, 64, _doubled(tiles, 2 * processors, 4), 3), blocks)
+    if m <= 128:
+        return within(Many(8, 128, 128, _doubled(tiles, processors, 4), 3, early=tiles > 1.5 * processors), blocks)
+    return within(Many(8, 128, 128, 1, 3, early=True), blocks)
+
+
+def _doubled(tiles: int, most: int, limit: int) -> int:
+    """Return the largest power of two up to ``limit`` by which ``tiles`` can be multiplied and not pass ``most``."""
     split = 1
-    while tiles * split < processors and split < 8 and blocks // (split * 2) >= 4:
+    while split < limit and tiles * split * 2 <= most:
         split *= 2
-    return Many(8 if block_n == 128 else 4, block_n, block_m, split, 4 if block_m <= 64 else 3)
+    return split
 
 
 def within(chosen: Few | Many, blocks: int) -> Few | Many:
@@ -63,3 +88,21 @@ def within(chosen: Few | Many, blocks: int) -> Few | Many:
     if isinstance(chosen, Many):
         return replace(chosen, split=max(1, min(chosen.split, blocks)))
     return chosen
+
+
+def candidates(n: int, blocks: int, m: int, processors: int) -> list[Few | Many]:
+    """Return the plans that are worth measuring, those near the rule's."""
+    found: list[Few | Many] = [plan(n, blocks, m, processors)]
+    if m <= 8:
+        found += [Few(w, t, a, 8) for w, t, a in ((4, 2, 2), (8, 2, 2), (8, 1, 2), (16, 1, 1), (4, 1, 2))]
+    elif m <= 32:
+        rows, stages = (16, 4) if m <= 16 else (32, 3)
+        found += [Many(4, 64, rows, split, stages, False, overlap) for split in (1, 2, 4, 8) for overlap in (False, True)]
+        found += [Many(8, 128, rows, split, 3) for split in (1, 2, 4)]
+    elif m <= 128:
+        rows = 64 if m <= 64 else 128
+        found += [Many(8, 128, rows, split, 3, early) for split in (1, 2, 4) for early in (False, True)]
+        found += [Many(4, 64, rows, split, 3) for split in (2, 4)]
+    else:
+        found += [Many(8, 128, 128, 1, 3, early) for early in (False, True)]
+    return list(dict.fromkeys(within(one, blocks) for one in found))

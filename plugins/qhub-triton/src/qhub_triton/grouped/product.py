@@ -1,0 +1,147 @@
+"""The grouped product with one fused weight: its arguments gathered once, a launch for each way of cutting the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qhub.layouts import Float8, Lookup, Nested, Parts
+from qhub.layouts.base import Layout
+from qhub.layouts.tiled import Tiled
+from qhub_triton.grouped.few import grouped_few
+from qhub_triton.grouped.many import grouped_many
+from qhub_triton.grouped.routing import Routes
+from qhub_triton.launch import Launch, native
+from qhub_triton.tiled import decode
+
+__all__ = ["Product", "block_of", "refusal"]
+
+# Rows of a tile up to which every weight goes straight to the registers of the matrix units.
+FEW = 8
+
+
+def refusal(layout: Layout, dtype: torch.dtype) -> str | None:
+    """Return why there is no grouped product with experts on ``layout`` for inputs of ``dtype``; None when there is."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"grouped products take bfloat16 and float16 inputs, not {dtype}"
+    if not isinstance(layout, Tiled):
+        return f"grouped products read codes in tiles, these lie as {layout.kind}"
+    if layout.transforms:
+        return f"the inputs of each expert are transformed in its own way: {[t.kind for t in layout.transforms]}"
+    if isinstance(layout.of, Float8) and layout.of.format not in ("e4m3fn", "e5m2"):
+        return f"grouped products widen E4M3 and E5M2, not {layout.of.format}"
+    nested = layout.scale_tensors().get("scales")
+    if isinstance(layout.of, Lookup) and nested is not None and nested.dtype != "uint8":
+        return f"grouped products read no second-level scales of {nested.dtype} codes"
+    return None
+
+
+def block_of(pairs: int, experts: int) -> int:
+    """Return how many rows a tile should have where ``pairs`` fall on ``experts``."""
+    each = pairs / experts
+    if pairs <= FEW or each <= FEW / 2:
+        return FEW
+    return int(min(128, max(16, triton.next_power_of_2(int(each)))))
+
+
+def few_plan(columns: int, blocks: int) -> tuple[int, int, int, int]:
+    """Return how a program for few rows works: its warps, its height in 16 columns of y, the blocks that a warp reads
+    at a time, and how many such reads are under way. ``columns``: of all tiles together; ``blocks``: of a row."""
+    warps = 4 if columns >= 10_000 or blocks < 8 else 8
+    return warps, 1, min(2, -(-blocks // warps)), 1
+
+
+class Product:
+    """Multiplies rows with the experts' matrices, (E, N, K) in tiles. ``parts``: with one leading dimension, E."""
+
+    def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype) -> None:
+        self.layout, self.dtype = layout, dtype
+        self.n, self.k, self.blocks = layout.out_features, layout.in_features, layout.blocks
+        words = self.source = parts["qweight"]
+        self.experts = words.shape[0]
+        self.device = words.device
+        self.index = -1 if self.device.type != "cuda" else self.device.index or 0
+        self.native = native(self.device)
+        scales = parts["scales"]
+        if scales.dtype == torch.float8_e8m0fnu:
+            scales = scales.view(torch.uint8)
+        names = ("zeros", "table", "scales_super", "scales_table", "scales_offset", "zeros_super")
+        own = {name: parts[name].contiguous() for name in names if name in parts}
+        self.tensors = (words.contiguous(), scales.contiguous(), *(own.get(name, words) for name in names))
+        size = {name: own[name][0].numel() if name in own else 0 for name in ("scales_super", "zeros_super")}
+        self.strides = (words[0].numel(), scales[0].numel(), size["scales_super"], size["zeros_super"])
+        self.constants = _constants(layout, parts)
+        # Zeros that are whole numbers
+        self.whole = self.constants["ZERO"] != 2 and "zeros" in parts and not parts["zeros"].is_floating_point()
+        self.launches: dict[Any, tuple[Launch, int]] = {}
+
+    def __call__(self, x: Tensor, routes: Routes, per: int, bias: Tensor | None = None) -> Tensor:
+        """Return y (S, N): row i is the routes' pair at place i, times its expert's matrix, plus ``bias`` (E, N).
+
+        ``per``: pairs that share a row of x, (S / per, K) in the order of the tokens; 0: x (S, K) is ordered as y.
+        Rows of pairs without an expert are not written.
+        """
+        x = x.contiguous()
+        y = torch.empty(routes.position.shape[0], self.n, dtype=x.dtype, device=x.device)
+        aligned = x.data_ptr() % 16 == 0 and (bias is None or bias.data_ptr() % 16 == 0)
+        key: tuple[Any, ...] = (
+            routes.block,
+            routes.single,
+            routes.block <= FEW and routes.tiles,
+            per,
+            bias is not None,
+            aligned,
+            routes.experts.dtype,
+        )
+        key += (routes.starts.data_ptr() % 16 == 0, routes.ends.data_ptr() % 16 == 0)
+        found = self.launches.get(key)
+        if found is None:
+            found = self.launches[key] = self._launch(routes, per, bias is not None)
+        launch, height = found
+        launch(
+            (-(-self.n // height), routes.tiles, 1), self.index, x, *self.tensors,
+            self.tensors[0] if bias is None else bias, y, routes.order, routes.experts, routes.starts, routes.ends,
+            self.experts, self.n, self.k, self.blocks, self.layout.groups, self.k, *self.strides,
+        )  # fmt: skip
+        return y
+
+    def _launch(self, routes: Routes, per: int, biased: bool) -> tuple[Launch, int]:
+        constants = {**self.constants, "HAS_BIAS": biased, "NATIVE": self.native, "PER": per, "SINGLE": routes.single}
+        if routes.block <= FEW:
+            warps, tall, ahead, stages = few_plan(self.n * routes.tiles, self.blocks)
+            constants |= {"WARPS": warps, "TALL": tall, "AHEAD": ahead, "STAGES": stages}
+            return Launch(grouped_few, constants, {"num_warps": warps, "num_stages": 1}), 16 * tall
+        block_n = 128 if routes.block == 128 else 64
+        stages = 4 if routes.block <= 64 else 3
+        constants |= {"WHOLE": self.whole, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
+        constants["EARLY"] = routes.block == 128
+        return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n
+
+
+def _constants(layout: Tiled, parts: Parts) -> dict[str, Any]:
+    """Return the compile-time values that the layout decides."""
+    of: Any = layout.of
+    kind = decode.INTEGER
+    if isinstance(of, Float8):
+        kind = {"e4m3fn": decode.E4M3, "e5m2": decode.E5M2}[of.format]
+    elif "table" in parts:
+        kind = decode.TABLE
+    group = layout.group_size if layout.groups > 1 else layout.blocks * layout.per_word * 32
+    return {
+        "BITS": layout.bits,
+        "KIND": kind.value,
+        "GROUP": group,
+        "ZERO": {"constant": 0, "value": 1, "offset": 2}[getattr(of, "zero", "constant")],
+        "ZERO_POINT": float(getattr(of, "zero_point", 0.0)) + (128.0 if getattr(of, "signed", False) else 0.0),
+        "UNIT": float(getattr(of, "unit", 1.0)),
+        "NESTED": _nested(layout.scale_tensors().get("scales")),
+        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros")),
+        "POWERS": parts["scales"].dtype == torch.float8_e8m0fnu,
+    }
+
+
+def _nested(nested: Nested | None) -> tuple[int, bool, bool, bool] | None:
+    return None if nested is None else (nested.group, nested.table, nested.offset, nested.divide)
