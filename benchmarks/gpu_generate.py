@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--prompts", nargs="+", type=int, default=[32])
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print device time by kernel for the optimized ones")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -186,7 +187,7 @@ def main() -> None:
             qhub.optimize(model)
         for prompt in options.prompts:
             for batch in options.batches:
-                row = {"variant": variant, **measure(model, batch, prompt, options.new)}
+                row = {"variant": variant, **measure(model, batch, prompt, options.new, options.repeats)}
                 report["runs"].append(row)
                 print(json.dumps(row), flush=True)
         if not variant.endswith("eager"):

@@ -198,6 +198,16 @@ class QuantizerPlugin:
         contracts; they are compared with the model's own code before they are used. None: none for this device.
         """
 
+    @hookspec
+    def qhub_experts(self, device: str) -> str | None:  # type: ignore[empty-body]
+        """Offer a forward for fused experts whose weights are quantized, on devices of the type ``device``.
+
+        Called: broadcast, once per process and device type, when a model with such experts is loaded or optimized.
+        Returns ``"module:function"`` of an experts implementation of transformers (called with the module, the hidden
+        states, the chosen experts and their weights). It must run the module's own loop where it cannot do better.
+        None: none for this device.
+        """
+
     # -- tooling: broadcast ------------------------------------------------------------------------------------------
 
     @hookspec

@@ -19,18 +19,11 @@ Made = tuple[Any, dict[str, Tensor]]
 def weight_of(layout: Any, parts: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """Return a quantized weight that owns its tensors, arranged for this machine's kernels as a loaded model's is."""
     from qhub import QuantizedTensor
+    from qhub.kernels.arranging import arrange_tensor
 
-    own = {name: part.clone() for name, part in parts.items()}
-    try:
-        from qhub.kernels.arranging import arrange
-    except ImportError:
-        from qhub.layouts.tiled import Tiled
-
-        if parts["scales"].is_cuda and Tiled.refusal(layout) is None:
-            layout, own = Tiled.arrange(layout, own)
-        return QuantizedTensor.build(layout, own, dtype)
-    weight = QuantizedTensor.build(layout, own, dtype)
-    return arrange(weight) or weight
+    weight = QuantizedTensor.build(layout, {name: part.clone() for name, part in parts.items()}, dtype)
+    arrange_tensor(weight)
+    return weight
 
 
 def _prepare(make: Callable[[Case], Made], dtype: torch.dtype) -> Callable[[Case], Prepared]:

@@ -56,7 +56,7 @@ def explain(
             layer.name,
             f"{layer.layout['out_features']}x{layer.layout['in_features']}",
             layout_text(shapeless(layer.layout)),
-            ", ".join(f"M {span}: {name}" for span, name in layer.kernels.items()),
+            "\n".join(layer.taken()),
             "; ".join(f"{name}: {reason}" for name, reason in layer.refused.items()),
         ]
         for layer in found.layers

@@ -3,7 +3,6 @@ not."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 from collections import OrderedDict
@@ -23,6 +22,8 @@ from qhub.decoding.prompts import prompt_forms
 from qhub.decoding.recipes import JoinedLayers, projections
 from qhub.decoding.steps import MOST_ENDS, StaticStep
 from qhub.decoding.survey import Survey, survey
+from qhub.integrations.transformers.experts import choose_experts
+from qhub.kernels import arranging
 
 __all__ = ["Decoder"]
 
@@ -43,7 +44,8 @@ class Decoder:
 
     def __init__(self, model: nn.Module, lazily: bool = False):
         self.model, self.lazily = model, lazily
-        self.steps: OrderedDict[tuple[int, int, bool], StaticStep] = OrderedDict()
+        # By batch, capacity, and dimensions of the position ids (0: the model takes none).
+        self.steps: OrderedDict[tuple[int, int, int], StaticStep] = OrderedDict()
         self.joined: dict[nn.Module, JoinedLayers] = {}
         self.mark: int | None = None
         self.pool: Any = None
@@ -138,9 +140,9 @@ class Decoder:
         """
         wanted = min(needed, max(2 * length, length + _AHEAD))
         capacity = -(-wanted // _ROUND) * _ROUND
-        takes_positions = run.position_ids is not None
+        positions = 0 if run.position_ids is None else run.position_ids.ndim
         for key, step in self.steps.items():
-            if key[0] == batch and key[2] == takes_positions and capacity <= key[1] <= 4 * capacity:
+            if key[0] == batch and key[2] == positions and capacity <= key[1] <= 4 * capacity:
                 self.steps.move_to_end(key)
                 step.ready(greedy)
                 return step
@@ -157,16 +159,13 @@ class Decoder:
             step.ready(greedy)
         except torch.OutOfMemoryError:
             raise StepError(f"there is no memory for a cache of {capacity} positions beside the prompt's") from None
-        self.steps[batch, capacity, takes_positions] = step
+        self.steps[batch, capacity, positions] = step
         if self.prompt is None:
             self.prompt = prompt_forms(self.model, step.forms)
         return step
 
 
 def _arrange(model: nn.Module) -> None:
-    """Bring the weights into the order that kernels read fastest, where that is offered."""
-    try:
-        arranging = importlib.import_module("qhub.kernels.arranging")
-    except ModuleNotFoundError:
-        return
-    arranging.arrange(model)
+    """Bring the weights into the order that kernels read fastest, and experts to the forward that reads it."""
+    if arranging.wanted() and arranging.arrange(model):
+        choose_experts(model)

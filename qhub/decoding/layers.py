@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qhub.decoding.operations import NormRule, Operations
-from qhub.decoding.recipes import Call, State, agree, attention, gated_mlp, norm
+from qhub.decoding.recipes import Call, State, agree, attention, gated_mlp, norm, tried
 
 __all__ = ["Forms", "Layer", "in_form", "recognise"]
 
@@ -157,8 +158,5 @@ class Layer:
         # An mlp of another form (experts) is called as it is, and may hold parts with forms of their own.
         replaced = [child for child in children if child is not mlp or mlp in mlps]
         layer = cls(family, attentions[attending], mlps.get(mlp, mlp), chosen, replaced)
-        try:
-            x, summand = layer.parts(hidden, call.kwargs)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError):
-            return None
-        return layer if agree(x + summand, wanted) else None
+        seen = tried(lambda: torch.add(*layer.parts(hidden, call.kwargs)))
+        return layer if seen is not None and agree(seen, wanted) else None

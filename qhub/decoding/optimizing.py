@@ -7,7 +7,6 @@ Quantized models on a GPU are optimized at their first ``generate``. ``QHUB_OPTI
 from __future__ import annotations
 
 import os
-import weakref
 from typing import Any
 
 from torch import nn
@@ -18,8 +17,51 @@ from qhub.tensor import QuantizedTensor
 
 __all__ = ["decoder_of", "optimize"]
 
-# None: switched off.
-_decoders: weakref.WeakKeyDictionary[nn.Module, Decoder | None] = weakref.WeakKeyDictionary()
+_KEY = "_qhub_decoding"
+
+
+class _Slot:
+    """Holds a model's decoder, None where it is switched off; lies on the model itself and goes with it.
+
+    Copies and pickles of the model get a slot that knows nothing: graphs and caches are this model's.
+    """
+
+    def __init__(self, decoder: Decoder | None = None, known: bool = False):
+        self.decoder, self.known = decoder, known
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
+        return _Slot()
+
+    def __reduce__(self) -> Any:
+        return _Slot, ()
+
+
+class _Decoders:
+    """Is a mapping from models to their decoders."""
+
+    def __contains__(self, model: nn.Module) -> bool:
+        slot = model.__dict__.get(_KEY)
+        # A shallow copy of a model has its slot, but not its graphs.
+        return slot is not None and slot.known and (slot.decoder is None or slot.decoder.model is model)
+
+    def __getitem__(self, model: nn.Module) -> Decoder | None:
+        slot: _Slot = model.__dict__[_KEY]
+        return slot.decoder
+
+    def get(self, model: nn.Module) -> Decoder | None:
+        """Return the model's decoder; None also where there is none."""
+        known = model in self
+        return self[model] if known else None
+
+    def __setitem__(self, model: nn.Module, decoder: Decoder | None) -> None:
+        model.__dict__[_KEY] = _Slot(decoder, True)
+
+    def pop(self, model: nn.Module, *default: Any) -> None:
+        """Forget the model's decoder."""
+        model.__dict__.pop(_KEY, *default)
+
+
+_decoders = _Decoders()
 
 
 def optimize(model: Any, enable: bool = True) -> Any:

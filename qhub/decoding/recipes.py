@@ -8,6 +8,7 @@ by name.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,10 @@ __all__ = [
     "gated_mlp",
     "norm",
     "projections",
+    "tried",
 ]
+
+logger = logging.getLogger("qhub")
 
 # Relative Frobenius error of one part in the model's dtype; both sides round their intermediate results in it.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -183,7 +187,7 @@ def gated_mlp(
     for family in operations:
         for name in ACTIVATIONS:
             fused = form(family, name)
-            seen = _tried(fused, x)
+            seen = tried(fused, x)
             if seen is not None and wanted is not None and agree(seen, wanted):
                 return fused
     return None
@@ -274,7 +278,7 @@ def attention(
             fused = Attention(module, product, out, heads, size, tuple(norms), family, *variant, state)
             for tensor in (keys, values):
                 tensor.index_fill_(2, at, 0.0)
-            seen = _tried(fused, x, call.kwargs)
+            seen = tried(fused, x, call.kwargs)
             same = seen is not None and agree(seen, wanted)
             same = same and all(agree(t.index_select(2, at), w) for t, w in zip((keys, values), stored, strict=True))
             for tensor, old in zip((keys, values), stored, strict=True):
@@ -303,9 +307,11 @@ def _variants(module: nn.Module, size: int, capacity: int) -> Iterator[tuple[flo
             yield scale, window, cap
 
 
-def _tried(run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+def tried(run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
     """Return what a suggested form returns; None where it does not fit the module's shapes."""
     try:
         return run(*arguments)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except Exception as error:
+        # A kernel's compiler may raise anything; the model's own code is there.
+        logger.debug("qhub: a suggested form of a decode step is left out: %s: %s", type(error).__name__, error)
         return None

@@ -1,8 +1,8 @@
 """Puts weights into the order that this machine's kernels read, and back: once after loading, not at every product.
 
-A weight is arranged where a kernel of some plugin takes it in tiles (:class:`qhub.layouts.tiled.Tiled`) and gives what the
-reference gives. It takes the same memory as before; codes are moved, not copied beside. ``QHUB_ARRANGE=0`` leaves weights
-as files have them.
+A weight is arranged where a kernel of some plugin takes it in tiles (:class:`qhub.layouts.tiled.Tiled`) and gives what
+the reference gives. It takes the same memory as before; codes are moved, not copied beside. ``QHUB_ARRANGE=0`` leaves
+weights as files have them.
 """
 
 from __future__ import annotations

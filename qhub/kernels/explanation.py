@@ -39,16 +39,14 @@ class LayerExplanation:
     prepared: int = 0
     decoder: str = "torch"
 
+    def taken(self) -> list[str]:
+        """Return the kernel for each range of M, and its time."""
+        return _ranges({m: _taken(timings[0]) for m, timings in self.times.items()})
+
     def lines(self) -> list[str]:
         """Return what is said of the layer's kernels, for people."""
-        ranges: list[tuple[str, str]] = []
-        for m, timings in self.times.items():
-            text = _taken(timings[0]) + _lost(timings)
-            if ranges and ranges[-1][1] == text:
-                ranges[-1] = (f"{ranges[-1][0].partition('-')[0]}-{m}", text)
-            else:
-                ranges.append((m, text))
-        said = [f"    M {span.replace('-more', ' and more')}: {text}" for span, text in ranges]
+        reasons = {m: _taken(timings[0]) + _lost(timings) for m, timings in self.times.items()}
+        said = [f"    {text}" for text in _ranges(reasons)]
         said += [f"    not {name}: {reason}" for name, reason in self.refused.items()]
         if self.decoder != "torch":
             said.append(f"    dense weight: {self.decoder}")
@@ -142,6 +140,17 @@ def _edge(m: float) -> str:
 def _row(timing: Timing) -> list[Any]:
     us = None if timing.seconds is None else round(timing.seconds * 1e6, 2)
     return [timing.name, us, timing.source, timing.config_name]
+
+
+def _ranges(texts: Mapping[str, str]) -> list[str]:
+    """Return one line for each run of M of which the same is said."""
+    ranges: list[tuple[str, str]] = []
+    for m, text in texts.items():
+        if ranges and ranges[-1][1] == text:
+            ranges[-1] = (f"{ranges[-1][0].partition('-')[0]}-{m}", text)
+        else:
+            ranges.append((m, text))
+    return [f"M {span.replace('-more', ' and more')}: {text}" for span, text in ranges]
 
 
 def _taken(row: list[Any]) -> str:

@@ -148,15 +148,28 @@ def _unkey(key: str, parts: list[Tensor]) -> tuple[Layout, dict[str, Tensor]]:
     return layout, dict(zip(names, parts, strict=True))
 
 
+class _Kept:
+    """Holds what was bound to the tensors of a weight, with the first of them. A copy of the tensor starts without."""
+
+    __slots__ = ("key", "memo", "rest")
+
+    def __init__(self, key: str = "", rest: list[Tensor] | None = None) -> None:
+        self.key, self.rest = key, rest or []
+        self.memo: dict[Any, Any] = {}
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
 def _memo_of(parts: list[Tensor], key: str) -> dict[Any, Any]:
-    """Return where compiled code, which has the tensors of a weight and not the weight, keeps what was bound to them:
-    with the first of them."""
+    """Return where compiled code, which has the tensors of a weight and not the weight, keeps what was bound to
+    them."""
     rest = parts[1:]
     kept = getattr(parts[0], "_qhub_bound", None)
-    if kept is None or kept[0] != key or len(kept[1]) != len(rest) or any(map(operator.is_not, kept[1], rest)):
-        kept = (key, rest, {})
+    if kept is None or kept.key != key or len(kept.rest) != len(rest) or any(map(operator.is_not, kept.rest, rest)):
+        kept = _Kept(key, rest)
         parts[0]._qhub_bound = kept  # type: ignore[attr-defined]
-    return kept[2]
+    return kept.memo
 
 
 @torch.library.custom_op("qhub::linear", mutates_args=())

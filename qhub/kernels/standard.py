@@ -82,7 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cards"), help="folder of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin no further layer after so long")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=600.0,
+        help="begin no further layer after so long ; with --warm, as long for that before",
+    )
     parser.add_argument("--rows", default=",".join(map(str, BUCKETS)), help="numbers of input rows")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes first")
     parser.add_argument("--part", default=None, help=argparse.SUPPRESS)
@@ -90,17 +95,23 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(given.device)
     rows = [int(one) for one in given.rows.split(",")]
     path = given.out / shipped_file(card_name(device)).name
+    start = time.monotonic()
     if given.part is not None:
         first, step = map(int, given.part.split("/"))
-        for task in itertools.islice(standard_tasks(device), first, None, step):
-            warmed(task, rows)
+        # One number of rows at a time, so that what takes long is spread over all processes.
+        jobs = ((task, m) for task in standard_tasks(device) for m in rows)
+        for task, m in itertools.islice(jobs, first, None, step):
+            if time.monotonic() - start > given.seconds:
+                break
+            warmed(task, [m])
         return
     if given.warm:
         own = [sys.executable, "-m", "qhub.kernels.standard", "--device", given.device, "--rows", given.rows]
+        own += ["--seconds", str(given.seconds)]
         running = [subprocess.Popen([*own, "--part", f"{part}/{given.warm}"]) for part in range(given.warm)]
         for process in running:
             process.wait()
-    start = time.monotonic()
+        start = time.monotonic()
     for task in standard_tasks(device):
         if time.monotonic() - start > given.seconds:
             print(f"stopped after {given.seconds:.0f} s", file=sys.stderr)

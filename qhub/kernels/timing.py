@@ -9,20 +9,24 @@ from __future__ import annotations
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qhub.kernels.hardware import Card, card_name
 
-__all__ = ["copies_for", "measure", "measured_card"]
+__all__ = ["Contestant", "copies_for", "measure", "measured_card"]
 
 Call = Callable[[], Any]
 
 _ROUNDS = 7
 # Seconds that one measurement lasts at least, and calls in it at most.
 _LENGTH, _CALLS = {"cuda": 1e-3}, 256
+# Copies of the weight that the first calls go to, and variants of a kernel that go on from there.
+_FEW, _FINALISTS = 6, 4
 _LENGTH_ELSEWHERE = 4e-3
 # A contestant that needs so many times the time of the fastest is not measured again.
 _HOPELESS = 8.0
@@ -43,17 +47,33 @@ def copies_for(device: torch.device, size: int) -> int:
     return max(1, min(wanted, _room(device) // (2 * max(1, size))))
 
 
-def measure(contestants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int = _ROUNDS) -> dict[str, float]:
-    """Return the median seconds of one call of each contestant.
+@dataclass(frozen=True)
+class Contestant:
+    """Is one way to compute. ``calls(count)`` returns calls on so many copies of the weight, each of which has run.
+    ``variant_of``: whose other configuration it is; None: it is measured whatever its first calls say."""
 
-    ``contestants``: {name: calls}, one for each copy of the weight; all have run before. One that is hopelessly slow,
-    or that a graph cannot hold because it waits for the device, is timed by its first calls alone.
+    calls: Callable[[int], Sequence[Call]]
+    variant_of: str | None = None
+
+
+def measure(
+    contestants: Mapping[str, Contestant], device: torch.device, copies: int, rounds: int = _ROUNDS
+) -> dict[str, float]:
+    """Return the median seconds of one call of each contestant; ``copies``: of the weight to rotate over.
+
+    First each runs a few times. One that is hopelessly slow, or that a graph cannot hold because it waits for the
+    device, keeps that time; of a kernel's variants only the best few race, the others are left out.
     """
-    tried = {name: _burst(calls, device) for name, calls in contestants.items()}
+    tried = {name: _burst(one.calls(min(copies, _FEW)), device) for name, one in contestants.items()}
     first = {name: seconds for name, (seconds, _) in tried.items()}
     limit = max(_HOPELESS * min(first.values()), _SHORT)
     racing = [name for name, (seconds, repeatable) in tried.items() if repeatable and seconds <= limit]
-    replays = {name: _replay(contestants[name], first[name], device) for name in racing}
+    for kernel in {one.variant_of for one in contestants.values() if one.variant_of is not None}:
+        variants = sorted((first[name], name) for name, one in contestants.items() if one.variant_of == kernel)
+        out = {name for _, name in variants[_FINALISTS:]}
+        racing = [name for name in racing if name not in out]
+        first = {name: seconds for name, seconds in first.items() if name not in out}
+    replays = {name: _replay(contestants[name].calls(copies), first[name], device) for name in racing}
     seen: dict[str, list[float]] = {name: [] for name in racing}
     shuffle = random.Random(0).shuffle
     for turn in range(rounds + 1):
@@ -68,7 +88,7 @@ def measure(contestants: Mapping[str, Sequence[Call]], device: torch.device, rou
 
 def _burst(calls: Sequence[Call], device: torch.device) -> tuple[float, bool]:
     """Return the seconds of one call, enough to know how many fill a measurement, and whether it can be replayed."""
-    some = calls[: 4 if device.type == "cuda" else 1]
+    some = calls if device.type == "cuda" else calls[:1]
     if device.type == "cuda" and not _waits(some[0], device):
         timed = _graph(list(some), device)
         timed()
@@ -90,13 +110,16 @@ def _waits(call: Call, device: torch.device) -> bool:
     """Return whether the call waits for the device: found out before a capture, which it would break."""
     _wait(device)
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError:
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings():
+        # That the mode is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,15 @@ from qhub.errors import UnsupportedError
 from qhub.kernels import dense_kernels, dispatch, reference
 from qhub.kernels.admission import TOLERANCE
 from qhub.kernels.binding import Runner
-from qhub.kernels.hardware import card_name, nominal
+from qhub.kernels.hardware import card_name
 from qhub.kernels.signature import signature
 from qhub.kernels.spec import Problem
 from qhub.kernels.tables import BUCKETS, Entry, Shape, Table, packages_of, user_file
-from qhub.kernels.timing import copies_for, measure, measured_card
+from qhub.kernels.timing import Contestant, copies_for, measure, measured_card
 from qhub.layouts import Parts, nbytes
 from qhub.tensor import QuantizedTensor
 
-__all__ = ["Change", "Task", "Tuning", "measured", "tasks", "tune", "warmed"]
+__all__ = ["Change", "Task", "Tuning", "entries", "measured", "tasks", "tune", "warmed"]
 
 # A config must beat the kernel's own choice by so much; less is noise.
 _GAIN = 0.97
@@ -178,15 +179,38 @@ def measured(
 
 def warmed(task: Task, rows: Sequence[int]) -> None:
     """Run everything that :func:`measured` would run once, so that what is compiled on first use is in its caches."""
-    contest = _Contest(task, False, Table(nominal(next(iter(task.parts.values())).device)), Tuning(""), copies=1)
-    for m in rows:
-        contest.prepared(m)
+    problem, layout = task.problem, task.problem.layout
+    device = next(iter(task.parts.values())).device
+    runners = []
+    for spec in dispatch.kernels().values():
+        if spec.role == "linear" and spec.prepare is None and spec.refusal(problem) is None:
+            runners.append(Runner(spec))
+    with torch.no_grad():
+        for m in rows:
+            x = torch.ones(m, layout.in_features, dtype=problem.dtype, device=device)
+            for runner, _ in entries(runners, task, m):
+                # What fails fails again, and is reported, where it is measured.
+                with contextlib.suppress(Exception):
+                    runner.bind(layout, task.parts, problem.dtype)(x, None)
+
+
+def entries(runners: Sequence[Runner], task: Task, m: int) -> Iterator[tuple[Runner, str | None]]:
+    """Yield what competes for ``m`` rows: each kernel as it chooses itself (None), and with each of its configs."""
+    for runner in runners:
+        spec = runner.spec
+        if spec.max_m is not None and m > spec.max_m:
+            continue
+        yield runner, None
+        if spec.tunables is not None:
+            configs: dict[str, dict[str, Any]] = spec.load(spec.tunables)(task.problem, task.parts, m)
+            for name, config in configs.items():
+                yield runner.with_config(config), name
 
 
 class _Contest:
-    """Is what competes for one task. ``copies``: of the weight; None: as many as no cache holds."""
+    """Is what competes for one task."""
 
-    def __init__(self, task: Task, bridges: bool, table: Table, result: Tuning, copies: int | None = None) -> None:
+    def __init__(self, task: Task, bridges: bool, table: Table, result: Tuning) -> None:
         self.task, self.table, self.result = task, table, result
         problem, parts = task.problem, task.parts
         self.device = next(iter(parts.values())).device
@@ -197,37 +221,37 @@ class _Contest:
             name: reason for name, reason in refused.items() if "differs" in reason or "failed" in reason
         }
         self.runners = [*runners, Runner(dense_kernels.reference_spec(problem, parts))]
-        count = copies or copies_for(self.device, nbytes(parts))
+        count = copies_for(self.device, nbytes(parts))
         self.copies: list[Parts] = [parts]
         self.copies += [{name: part.clone() for name, part in parts.items()} for _ in range(count - 1)]
         self.times: dict[str, dict[int, Entry]] = {}
         self.configs: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def prepared(self, m: int) -> dict[str, tuple[Runner, str | None, list[Callable[[], Any]]]]:
-        """Return all that takes ``m`` rows and is right, by its label, each having run once."""
+    def measure(self, m: int) -> None:
+        """Time everything that takes ``m`` rows."""
         problem, layout = self.task.problem, self.task.problem.layout
         generator = torch.Generator().manual_seed(m)
         x = torch.randn(m, layout.in_features, generator=generator).to(self.device, problem.dtype)
-        entered = {}
+        contestants: dict[str, Contestant] = {}
+        entered: dict[str, tuple[Runner, str | None]] = {}
         with torch.no_grad():
             wanted = reference.linear(x, layout, self.task.parts)
-            for runner, config in self._entries(m):
-                label = runner.spec.name if config is None else f"{runner.spec.name}/{config}"
+            for runner, config in entries(self.runners, self.task, m):
+                name = runner.spec.name
+                label = name if config is None else f"{name}/{config}"
                 calls = self._calls(runner, x, label, wanted)
                 if calls is not None:
-                    entered[label] = (runner, config, calls)
-        return entered
-
-    def measure(self, m: int) -> None:
-        """Time everything that takes ``m`` rows."""
-        entered = self.prepared(m)
-        contestants = {label: calls for label, (_, _, calls) in entered.items()}
-        first = next(iter(contestants))
-        with torch.no_grad():
-            seconds = measure({**contestants, _CONTROL: contestants[first]}, self.device)
+                    contestants[label] = Contestant(calls, None if config is None else name)
+                    entered[label] = runner, config
+            del wanted
+            first = next(iter(contestants))
+            contestants[_CONTROL] = Contestant(contestants[first].calls)
+            seconds = measure(contestants, self.device, len(self.copies))
         control = seconds.pop(_CONTROL) / seconds[first]
         best: dict[str, float] = {}
-        for label, (runner, config, _) in entered.items():
+        for label, (runner, config) in entered.items():
+            if label not in seconds:
+                continue
             spec, took = runner.spec, seconds[label]
             kept = self.times.setdefault(spec.key, {}).get(m)
             if kept is None or took < kept.seconds * (_GAIN if kept.config is None else 1.0):
@@ -252,30 +276,27 @@ class _Contest:
                 self.table.packages[key] = packages
                 self.table.configs.setdefault(key, {}).update(self.configs.get(key, {}))
 
-    def _entries(self, m: int) -> Iterator[tuple[Runner, str | None]]:
-        for runner in self.runners:
-            spec = runner.spec
-            if spec.max_m is not None and m > spec.max_m:
-                continue
-            yield runner, None
-            if spec.tunables is not None:
-                configs: dict[str, dict[str, Any]] = spec.load(spec.tunables)(self.task.problem, self.task.parts, m)
-                for name, config in configs.items():
-                    yield runner.with_config(config), name
-
-    def _calls(self, runner: Runner, x: Tensor, label: str, wanted: Tensor) -> list[Callable[[], Any]] | None:
-        """Return the calls on each copy of the weight; None, with a note, where the first fails or is wrong."""
+    def _calls(
+        self, runner: Runner, x: Tensor, label: str, wanted: Tensor
+    ) -> Callable[[int], list[Callable[[], Any]]] | None:
+        """Return a function that gives calls on copies of the weight; None, with a note, where it fails or is wrong."""
         layout, dtype = self.task.problem.layout, self.task.problem.dtype
-        try:
-            runs = [runner.bind(layout, parts, dtype) for parts in self.copies]
-            found = runs[0](x, None)
-            error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
-            if not error <= TOLERANCE.get(dtype, 1e-4):
-                self.result.dropped[label] = f"differs from the reference by {error:.2e} at M={x.shape[0]}"
-                return None
-            for run in runs[1:]:
+        runs: list[Callable[[Tensor, Tensor | None], Tensor]] = []
+
+        def calls(count: int) -> list[Callable[[], Any]]:
+            for parts in self.copies[len(runs) : count]:
+                run = runner.bind(layout, parts, dtype)
                 run(x, None)
-        except Exception as error:
-            self.result.dropped[label] = f"failed at M={x.shape[0]}: {type(error).__name__}: {error}"
+                runs.append(run)
+            return [lambda run=run: run(x, None) for run in runs[:count]]  # type: ignore[misc]
+
+        try:
+            found = calls(1)[0]()
+            error = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+        except Exception as error_:
+            self.result.dropped[label] = f"failed at M={x.shape[0]}: {type(error_).__name__}: {error_}"
             return None
-        return [lambda run=run: run(x, None) for run in runs]  # type: ignore[misc]
+        if not error <= TOLERANCE.get(dtype, 1e-4):
+            self.result.dropped[label] = f"differs from the reference by {error:.2e} at M={x.shape[0]}"
+            return None
+        return calls

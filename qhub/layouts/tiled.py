@@ -1,10 +1,10 @@
 """The same numbers in the order that a GPU reads them: codes as 16-bit words, in tiles of 64 rows.
 
-Every kernel that multiplies a few rows of input with packed weights wants two things of the order of the codes. What one
-program reads should lie together, and the codes of one word should belong to places of the input that lie far apart: the
-first codes of 32 words then are 32 consecutive weights, so that a tile of words becomes a tile of weights by one shift,
-with no shuffling. This layout is that order and nothing else: :meth:`Tiled.plain` gives the codes back in the ordinary
-one, bit for bit, and whatever is not a product is done on them.
+Every kernel that multiplies a few rows of input with packed weights wants two things of the order of the codes. What
+one program reads should lie together, and the codes of one word should belong to places of the input that lie far
+apart: the first codes of 32 words then are 32 consecutive weights, so that a tile of words becomes a tile of weights by
+one shift, with no shuffling. This layout is that order and nothing else: :meth:`Tiled.plain` gives the codes back in
+the ordinary one, bit for bit, and whatever is not a product is done on them.
 """
 
 from __future__ import annotations
@@ -245,7 +245,8 @@ class Tiled(Layout):
             window = slice(start // ROWS, -(-stop // ROWS))
             kept = {name: parts[name] for name in self.of.core_specs()}
             for name in ("qweight", *self._tiled_names()):
-                kept[name] = parts[name][(..., window, *[slice(None)] * (3 if name == "qweight" else 2))]
+                part = parts[name]
+                kept[name] = part[..., window, :, :, :] if name == "qweight" else part[..., window, :, :]
             return kept
         cut = self.of.row_parts(self.plain(parts)[1], start, stop)
         if cut is None:

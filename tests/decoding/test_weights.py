@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -93,7 +96,17 @@ def test_dense_weights_become_views(make, tmp_path):
     assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
     again = copy.deepcopy(model)
     assert again not in _decoders
+    assert pickle.loads(pickle.dumps(model)) not in _decoders
     assert torch.equal(again.generate(**prompt(), do_sample=False), model.generate(**prompt(), do_sample=False))
+
+
+def test_a_model_that_nobody_holds_is_freed(make):
+    model = make("llama")
+    both(model, prompt())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_layers_that_do_not_stack_stay_apart():

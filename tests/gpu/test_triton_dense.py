@@ -9,9 +9,23 @@ from qhub.layouts import Affine, Grid, Lookup
 from qhub.layouts.packing import pack
 from qhub.layouts.tiled import Tiled
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+registers = pytest.importorskip("qhub_triton.dense.registers")
+looked_up, table_bytes = registers.looked_up, registers.table_bytes
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 dense = pytest.importorskip("qhub_triton.dense.dequantize")
 pieces = pytest.importorskip("qhub_triton.dense.linear")
+
+
+@triton.jit
+def _look_up(words, table, out, SIZE: tl.constexpr):
+    dtype: tl.constexpr = out.dtype.element_ty
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    found = looked_up(tl.load(words + at), table_bytes(table, dtype), dtype)
+    for place in tl.static_range(4):
+        tl.store(out + place * 65536 + at, found[place])
 
 
 def made(n, k, seed=0):
@@ -40,6 +54,14 @@ def test_in_pieces_equals_whole(tiled):
         error = (y[-64:].double() - wanted).norm() / wanted.norm()
         assert error < 3e-3, error
         assert bool(torch.isfinite(y).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype(dtype):
+    layout, parts = made(300, 1024)
+    wanted = layout.dequantize(parts, dtype)
+    assert torch.equal(dense.dequantize(layout, parts, dtype), wanted)
+    assert torch.equal(dense.dequantize(*Tiled.arrange(layout, parts), dtype), wanted)
 
 
 def test_in_a_graph():
@@ -79,3 +101,18 @@ def test_on_another_stream_and_again():
             found = dense.dequantize(layout, parts, torch.float16)
     stream.synchronize()
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_registers(dtype):
+    if torch.version.cuda is None:
+        pytest.skip("holds instructions of NVIDIA's")
+    words = torch.arange(65536, device="cuda", dtype=torch.int32)
+    # Neighbours, which are looked up together, are no relatives.
+    words = words[torch.randperm(65536, generator=torch.Generator().manual_seed(0)).cuda()].to(torch.int16)
+    table = torch.randn(16, device="cuda")
+    out = torch.empty(4, 65536, device="cuda", dtype=dtype)
+    _look_up[(64,)](words, table, out, SIZE=1024)
+    codes = words.to(torch.int32)
+    for place in range(4):
+        assert torch.equal(out[place], table.to(dtype)[(codes >> (4 * place)) & 15])

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(
 
 # One rounding of the output (2^-9 and 2^-12 of many values), and sums of which the matrix unit keeps some 14 bits.
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+# One size that every kernel likes, and one that is a multiple of nothing.
+SIZES = [(torch.bfloat16, 256, 512), (torch.float16, 333, 250)]
 FLOATS = {
     "row": Activation(kind="float8"),
     "tensor": Activation(kind="float8", granularity="tensor"),
@@ -70,7 +72,7 @@ def bound(layout, parts, dtype, config=None):
     return bind(layout, {name: part.cuda() for name, part in parts.items()}, dtype, config)
 
 
-def check(layout, parts, dtype, rows=(1, 3, 17, 33, 130, 300), config=None, biased=False):
+def check(layout, parts, dtype, rows=(1, 3, 33, 300), config=None, biased=False):
     run = bound(layout, parts, dtype, config)
     for m in rows:
         x = torch.randn(m, layout.in_features, generator=torch.Generator().manual_seed(m)).to(dtype)
@@ -84,18 +86,16 @@ def check(layout, parts, dtype, rows=(1, 3, 17, 33, 130, 300), config=None, bias
         assert error < TOLERANCE[dtype], (m, error)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "n", "k"), SIZES)
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize(("n", "k"), [(256, 512), (333, 250)])
 def test_float8_equals_the_reference(name, dtype, n, k):
-    check(*float_weight(FLOATS[name], n, k), dtype, biased=n == 333)
+    check(*float_weight(FLOATS[name], n, k), dtype, biased=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "n", "k"), SIZES)
 @pytest.mark.parametrize("name", INTEGERS)
-@pytest.mark.parametrize(("n", "k"), [(256, 512), (333, 250)])
 def test_int8_equals_the_reference(name, dtype, n, k):
-    check(*integer_weight(INTEGERS[name], n, k), dtype, biased=n == 333)
+    check(*integer_weight(INTEGERS[name], n, k), dtype, biased=True)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(256, 512), (128, 128), (1, 128), (1, 32)])

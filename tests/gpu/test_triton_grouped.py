@@ -95,7 +95,8 @@ def routed(tokens, seed=0):
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_against_a_loop(kind):
     module = Experts(LAYOUTS[kind], torch.bfloat16)
-    for tokens in (1, 5, 40, 600):
+    # One token; few rows, some and many rows of an expert: each is kernels to compile.
+    for tokens in (1, 5, 40, 600) if kind in ("int4", "zeros") else (1, 40):
         ids, weights = routed(tokens)
         x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         assert experts.why_not(module, x.dtype) is None

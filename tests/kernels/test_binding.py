@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import statistics
 import time
 
@@ -236,6 +237,10 @@ def test_compiled_code_binds_once(offer):
         bound = len(calls.bound)
         compiled(x)
         assert len(calls.bound) == bound
+        # What was bound does not travel.
+        again = pickle.loads(pickle.dumps(made))
+        assert close(again(x), F.linear(x, dense(made)))
+        assert close(copy.deepcopy(made)(x), F.linear(x, dense(made)))
         made.weight.copy_(torch.randn(48, 64))
         assert close(compiled(x), F.linear(x, dense(made)))
 

@@ -14,14 +14,23 @@ from qhub.tensor import QuantizedTensor
 
 def affine(n, k, bits, group, zero="constant"):
     layout = Affine(out_features=n, in_features=k, bits=bits, grid=Grid.along_k(group), zero=zero)
-    parts = {"qweight": layout.pack_codes(torch.randint(0, 2**bits, (n, k))), "scales": torch.rand(layout.scale_shape) + 0.1}
+    parts = {
+        "qweight": layout.pack_codes(torch.randint(0, 2**bits, (n, k))),
+        "scales": torch.rand(layout.scale_shape) + 0.1,
+    }
     if zero != "constant":
         parts["zeros"] = torch.randint(0, 2**bits, layout.scale_shape, dtype=torch.uint8)
     return layout, parts
 
 
 @settings(max_examples=60)
-@given(n=st.integers(1, 150), k=st.integers(1, 300), bits=st.integers(1, 8), group=st.sampled_from([32, 64, 96, 512]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 150),
+    k=st.integers(1, 300),
+    bits=st.integers(1, 8),
+    group=st.sampled_from([32, 64, 96, 512]),
+    seed=st.integers(0, 99),
+)
 def test_comes_back_bit_for_bit(n, k, bits, group, seed):
     torch.manual_seed(seed)
     layout, parts = affine(n, k, bits, group, "value")
@@ -34,7 +43,7 @@ def test_comes_back_bit_for_bit(n, k, bits, group, seed):
 
 def test_places_codes_as_documented():
     layout, parts = affine(70, 300, 4, 64)
-    tiled, own = Tiled.arrange(layout, parts)
+    _, own = Tiled.arrange(layout, parts)
     codes = layout.codes(parts)
     for row, column in ((0, 0), (1, 33), (69, 299), (64, 128), (5, 255)):
         block, place, word = column // 128, column % 128 // SLICE, column % SLICE

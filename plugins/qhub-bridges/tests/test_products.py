@@ -204,6 +204,19 @@ def test_refused_with_a_reason(name, change, reason, device):
     assert re.search(reason, said), said
 
 
+@pytest.mark.parametrize(
+    ("zero", "zero_point"), [("constant", 8.0), ("constant", 7.5), ("value", 0.0), ("offset", 8.0), ("offset", 0.0)]
+)
+def test_terms_are_the_weight(device, zero, zero_point):
+    from qhub_bridges.terms import terms
+
+    layout, parts = affine(device, zero=zero, zero_point=zero_point)
+    for held in ((layout, parts), Tiled.arrange(layout, parts)):
+        q, scale, shift = terms(*held)
+        found = q.double() * scale.double().repeat_interleave(64, 1) + shift.double().repeat_interleave(64, 1)
+        assert torch.allclose(found, layout.dequantize(parts, torch.float64), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_words_are_those_of_gptq(bits):
     from qhub_bridges.extension import words_along_k

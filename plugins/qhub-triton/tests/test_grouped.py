@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # Triton's interpreter multiplies no bfloat16.
-DTYPES = [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
+DTYPES = [torch.bfloat16 if DEVICE == "cuda" else torch.float16]
 
 
 def seeded(seed=0):

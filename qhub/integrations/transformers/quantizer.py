@@ -21,6 +21,7 @@ from qhub.integrations.transformers import companions, optimizers, routing
 from qhub.integrations.transformers.checkpoint import FileTensor, read_headers
 from qhub.integrations.transformers.container_loading import ReadsContainers
 from qhub.integrations.transformers.conversions import Ready
+from qhub.integrations.transformers.experts import choose_experts
 from qhub.integrations.transformers.fusing import put_fused, undo_fused
 from qhub.integrations.transformers.memory import Releaser
 from qhub.integrations.transformers.recording import record_config, take_passengers
@@ -30,7 +31,6 @@ from qhub.integrations.transformers.weights import (
     put_layers,
     undo_layers,
     untie_head,
-    use_plain_experts,
 )
 from qhub.plan import LayerPlan, Skip, WeightInfo, matches
 from qhub.quantizing import Quantization
@@ -369,7 +369,7 @@ class PluginQuantizer(ReadsContainers, HfQuantizer):
         self._mark(model)
 
     def _mark(self, model: Any) -> None:
-        use_plain_experts(model)
+        choose_experts(model)
         # Here, not at import: while transformers is being imported its Trainer may be half there.
         accelerate.watch()
         optimizers.watch()

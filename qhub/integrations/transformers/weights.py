@@ -20,7 +20,6 @@ __all__ = [
     "set_tensor",
     "undo_layers",
     "untie_head",
-    "use_plain_experts",
 ]
 
 
@@ -158,12 +157,6 @@ def undo_layers(model: nn.Module, dtype: torch.dtype) -> None:
                 remove_hook_from_module(module)
                 add_hook_to_module(plain, hook)
             model.set_submodule(prefix, plain)
-
-
-def use_plain_experts(model: Any) -> None:
-    """Make fused experts run one ``F.linear`` per expert: the grouped products of transformers want dense weights."""
-    if any(isinstance(p, QuantizedTensor) and p.ndim == 3 for p in model.parameters()):
-        model.set_experts_implementation("eager")
 
 
 def memory_footprint(model: Any, original: Any, return_buffers: bool = True) -> int:

@@ -54,7 +54,7 @@ def offers() -> list[KernelSpec]:
             cost=Cost(bandwidth=0.4, rate=0.3, tile=16, launch=5e-6),
         ),
     ]
-    found = [*affine, *(replace(one, name=f"{one.name}-tiled", layout="tiled") for one in affine)]
+    found = [*affine, *map(_tiled, affine)]
     bnb4 = _spec(
         "bitsandbytes-4bit",
         "bnb4",
@@ -66,7 +66,7 @@ def offers() -> list[KernelSpec]:
         probes=(1, 3, 33),
         cost=Cost(bandwidth=0.3, rate=0.3, tile=1, passes=4, launch=5e-6),
     )
-    found += [bnb4, replace(bnb4, name="bitsandbytes-4bit-tiled", layout="tiled")]
+    found += [bnb4, _tiled(bnb4)]
     found.append(
         _spec(
             "bitsandbytes-int8",
@@ -80,6 +80,11 @@ def offers() -> list[KernelSpec]:
         )
     )
     return found
+
+
+def _tiled(spec: KernelSpec) -> KernelSpec:
+    """Return the same kernel for weights in tiles, which only GPUs want."""
+    return replace(spec, name=f"{spec.name}-tiled", layout="tiled", devices=spec.devices - {"cpu"})
 
 
 def _spec(name: str, module: str, layout: str = "affine", **fields: object) -> KernelSpec:

@@ -4,6 +4,7 @@ tiled/     affine, lookup and float8 codes in tiles: few rows of input to thousa
 codebook/  vectors picked by wide codes, rotations
 eightbit/  inputs rounded to float8 or int8
 dense/     any layout to its dense weight, for many rows and for gradients
+grouped/   fused experts, one launch for all of them
 decoding/  the small operations of a decode step
 """
 
@@ -31,3 +32,9 @@ def qhub_kernels() -> Iterable[KernelSpec]:
 def qhub_decoding(device: str) -> Mapping[str, str] | None:
     """Offer the operations of a decode step."""
     return import_module("qhub_triton.decoding.offers").offers(device)
+
+
+@hookimpl
+def qhub_experts(device: str) -> str | None:
+    """Offer grouped products for fused experts."""
+    return "qhub_triton.grouped.experts:experts_forward" if device == "cuda" else None

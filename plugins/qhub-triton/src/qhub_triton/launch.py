@@ -45,10 +45,10 @@ def stream_of(device_index: int) -> int:
 class Launch:
     """Is ``kernel`` for one set of compile-time values.
 
-    ``constants``: its constexpr arguments, which come last. ``options``: num_warps, num_stages and the like. Called with
-    a grid and the other arguments in order, tensors among them. What decides for what a kernel is compiled must be the
-    same in all calls: dtypes, which integers are 1 or a multiple of 16, and whether pointers are; where that can change,
-    the kernel says ``do_not_specialize``, or the caller keeps a launch for each case.
+    ``constants``: its constexpr arguments, which come last. ``options``: num_warps, num_stages and the like. Called
+    with a grid and the other arguments in order, tensors among them. What decides for what a kernel is compiled must be
+    the same in all calls: dtypes, which integers are 1 or a multiple of 16, and whether pointers are; where that can
+    change, the kernel says ``do_not_specialize``, or the caller keeps a launch for each case.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:

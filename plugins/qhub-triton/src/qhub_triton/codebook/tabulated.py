@@ -93,7 +93,7 @@ def tabulated_kernel(
     base = codes + n0.to(gl.int64) * blocks
     read = ()  # of pieces of codes
     for turn in gl.static_range(AHEAD if AHEAD < TURNS else TURNS):
-        read = read + (_load(base + turn * BN * blocks, at, n0 + turn * BN + r, lane, n_rows, blocks, EVEN),)  # noqa: RUF005 - as the language has it
+        read = read + (_load(base + turn * BN * blocks, at, n0 + turn * BN + r, lane, n_rows, blocks, EVEN),)
     entry = gl.arange(0, 256, gl.SliceLayout(1, LB))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, LB))[None, :]
     if OVERLAP:
         gdc_launch_dependents()
@@ -113,7 +113,7 @@ def tabulated_kernel(
         word = read[turn].to(gl.int32)
         if turn + AHEAD < TURNS:
             start = (turn + AHEAD) * BN
-            read = read + (_load(base + start * blocks, at, n0 + start + r, lane, n_rows, blocks, EVEN),)  # noqa: RUF005
+            read = read + (_load(base + start * blocks, at, n0 + start + r, lane, n_rows, blocks, EVEN),)
         if MERGED:
             index = gl.join(word & 255, ((word >> 8) & 255) | 256)
             index = gl.reshape(gl.permute(index, [0, 2, 1]), [32, 2 * BN])

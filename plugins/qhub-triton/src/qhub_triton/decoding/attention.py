@@ -1,10 +1,10 @@
 """One token's attention a row, whole: norms and rotation of queries and keys, the cache written, the cache read.
 
 One program takes the query heads that share a key head, and a share of the positions; shares are split evenly over
-what is filled, so the work follows the text, not the cache. The last program of a head to finish adds the shares up,
-always in the same order: results do not depend on who was last. The new key and value come from the projections, not
-from the cache, so no program waits for another. Source: Dao et al., "Flash-Decoding for long-context inference" (2023),
-for the split; Dao et al., FlashAttention (2022), section 3.1, for the running softmax.
+what is filled, so the work follows the text, not the cache. Where a cache is long enough for several shares, a second
+kernel adds them up, in order: results do not depend on who was first. The new key and value come from the projections,
+not from the cache, so no program waits for another. Source: Dao et al., "Flash-Decoding for long-context inference"
+(2023), for the split; Dao et al., FlashAttention (2022), section 3.1, for the running softmax.
 """
 
 from __future__ import annotations
@@ -21,24 +21,38 @@ from qhub_triton.decoding.overlapping import early
 
 __all__ = ["attend_token"]
 
-# Positions read at once, and the fewest blocks worth a program of their own.
-_BLOCK = 64
-_LEAST = 2
-_WARPS = 4
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+# Positions read at once; caches up to so many blocks are read by one program a head; the fewest blocks of a share.
+_BLOCK = 128
+_ALONE = 2
+_LEAST = 1
+_WARPS = 8
+
+
+@triton.jit
+def _shares(
+    position_ptr, start_ptr, row, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the new position, the first one seen, the first block, how many there are, how many make a share, and how
+    many shares there are. Of the cached positions; the new one is added by the program with the last share."""
+    last = tl.load(position_ptr)
+    first = tl.load(start_ptr + row)
+    if WINDOW > 0:
+        first = tl.maximum(first, last - WINDOW + 1)
+    first_block = first // BLOCK
+    blocks = tl.where(last > first, (last - 1) // BLOCK + 1 - first_block, 0)
+    share = tl.maximum(LEAST, tl.cdiv(blocks, SPLITS))
+    return last, first, first_block, blocks, share, tl.maximum(tl.cdiv(blocks, share), 1)
 
 
 @triton.jit
 def _turned(
-    source_ptr,
-    at,
-    partner,
-    real,
+    x,
+    z,
+    w,
+    u,
     cos,
     sin,
-    weight_ptr,
     d,
-    other,
     eps,
     AXIS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -48,18 +62,17 @@ def _turned(
     ROUND: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Return heads read at ``at``, normed and rotated, in ``dtype``; ``partner``: where their other halves lie."""
-    x = tl.load(source_ptr + at, mask=real, other=0.0).to(tl.float32)
-    z = tl.load(source_ptr + partner, mask=real, other=0.0).to(tl.float32)
+    """Return heads ``x`` normed with weight ``w`` and rotated; ``z`` and ``u`` are their other halves."""
+    x, z = x.to(tl.float32), z.to(tl.float32)
     if NORM:
         mean = tl.sum(x * x, AXIS) / SIZE
-        w = tl.load(weight_ptr + d, mask=d < SIZE, other=0.0).to(tl.float32)
-        u = tl.load(weight_ptr + other, mask=d < SIZE, other=0.0).to(tl.float32)
+        w, u = w.to(tl.float32), u.to(tl.float32)
         if AXIS == 1:
             mean, w, u = mean[:, None], w[None, :], u[None, :]
         x = normed(x, w, mean, eps, OFFSET, ROUND, dtype).to(tl.float32)
         z = normed(z, u, mean, eps, OFFSET, ROUND, dtype).to(tl.float32)
     sign = tl.where(d < HALF, -1.0, 1.0)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     if AXIS == 1:
         cos, sin, sign = cos[None, :], sin[None, :], sign[None, :]
     return (x * cos + sign * z * sin).to(dtype)
@@ -80,38 +93,37 @@ def _add_up(
     shares_ptr,
     tops_ptr,
     y_ptr,
-    which,
-    active,
+    position_ptr,
+    start_ptr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MANY: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
-    """Write the heads of ``which`` from the shares of its ``active`` programs: some at a time, in order."""
-    COLUMNS: tl.constexpr = PADDED * WIDE
-    AT_ONCE: tl.constexpr = max(1, 4096 // COLUMNS)
-    column = tl.arange(0, COLUMNS)
-    g, d = column // WIDE, column % WIDE
-    top = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    mixed = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, active, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)
-        slot = (which * SPLITS + split)[:, None]
-        read = (split < active)[:, None] & (column < COLUMNS)[None, :]
-        tops = tops_ptr + slot * 2 * PADDED + g[None, :]
-        high = tl.load(tops, mask=read, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.load(tops + PADDED, mask=read, other=0.0, cache_modifier=".cg")
-        shares = shares_ptr + slot * COLUMNS + column[None, :]
-        summand = tl.load(shares, mask=read, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(high, 0))
-        fade, rise = tl.exp(top - higher), tl.exp(high - higher[None, :])
-        total = total * fade + tl.sum(weight * rise, 0)
-        mixed = mixed * fade + tl.sum(summand * rise, 0)
-        top = higher
-    y_at = (which * GROUP + g) * SIZE + d
-    tl.store(y_ptr + y_at, (mixed / total).to(y_ptr.dtype.element_ty), mask=(g < GROUP) & (d < SIZE))
+    """Write one query head from its shares."""
+    if EARLY_START:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    which = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1)
+    _, _, _, _, _, active = _shares(position_ptr, start_ptr, which // KV_HEADS, WINDOW, SPLITS, LEAST, BLOCK)
+    split, d = tl.arange(0, MANY), tl.arange(0, WIDE)
+    there = split < active
+    slot = which * SPLITS + split
+    top = tl.load(tops_ptr + slot * 2 * PADDED + g, mask=there, other=float("-inf"))
+    total = tl.load(tops_ptr + slot * 2 * PADDED + PADDED + g, mask=there, other=0.0)
+    at = slot[:, None] * PADDED * WIDE + g * WIDE + d[None, :]
+    share = tl.load(shares_ptr + at, mask=there[:, None] & (d < SIZE)[None, :], other=0.0)
+    weight = tl.exp(top - tl.max(top, 0))
+    mixed = tl.sum(share * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(y_ptr + (which * GROUP + g) * SIZE + d, mixed.to(y_ptr.dtype.element_ty), mask=d < SIZE)
 
 
 @triton.jit
@@ -128,7 +140,6 @@ def _attend_token(
     start_ptr,
     shares_ptr,
     tops_ptr,
-    counter_ptr,
     qkv_stride,
     rotary_stride,
     batch_stride,
@@ -167,30 +178,37 @@ def _attend_token(
     row = (which // KV_HEADS).to(tl.int64)
     head = which % KV_HEADS
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    last = tl.load(position_ptr)
-    first = tl.load(start_ptr + row)
-    if WINDOW > 0:
-        first = tl.maximum(first, last - WINDOW + 1)
-    # The cached positions, first to last - 1; the new one is added by the program with the last share.
-    first_block = first // BLOCK
-    blocks = tl.where(last > first, (last - 1) // BLOCK + 1 - first_block, 0)
-    share = tl.maximum(LEAST, tl.cdiv(blocks, SPLITS))
-    active = tl.maximum(tl.cdiv(blocks, share), 1)
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)
+    half: tl.constexpr = ROTARY // 2
+    # Features past ROTARY are their own partners and stay as they are.
+    other = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
+    real = (g[:, None] < GROUP) & (d[None, :] < SIZE)
+    # All that does not depend on the position is asked for before the position is known.
+    source = qkv_ptr + row * qkv_stride
+    heads = (head * GROUP + g[:, None]) * SIZE
+    q = tl.load(source + heads + d[None, :], mask=real, other=0.0)
+    q_other = tl.load(source + heads + other[None, :], mask=real, other=0.0)
+    own = (KV_HEADS * GROUP + head) * SIZE
+    new_k = tl.load(source + own + d, mask=d < SIZE, other=0.0)
+    k_other = tl.load(source + own + other, mask=d < SIZE, other=0.0)
+    new_v = tl.load(source + own + KV_HEADS * SIZE + d, mask=d < SIZE, other=0.0)
+    cos = tl.load(cos_ptr + row * rotary_stride + d, mask=d < ROTARY, other=1.0)
+    sin = tl.load(sin_ptr + row * rotary_stride + d, mask=d < ROTARY, other=0.0)
+    q_w, q_u, k_w, k_u = cos, cos, cos, cos
+    if Q_NORM:
+        q_w = tl.load(q_weight_ptr + d, mask=d < SIZE, other=0.0)
+        q_u = tl.load(q_weight_ptr + other, mask=d < SIZE, other=0.0)
+    if K_NORM:
+        k_w = tl.load(k_weight_ptr + d, mask=d < SIZE, other=0.0)
+        k_u = tl.load(k_weight_ptr + other, mask=d < SIZE, other=0.0)
+    last, first, first_block, blocks, share, active = _shares(
+        position_ptr, start_ptr, row, WINDOW, SPLITS, LEAST, BLOCK
+    )
     if split < active:
-        g = tl.arange(0, ROWS)
-        d = tl.arange(0, WIDE)
         j = tl.arange(0, BLOCK)
-        half: tl.constexpr = ROTARY // 2
-        # Features past ROTARY are their own partners and stay as they are.
-        other = tl.where(d < half, d + half, tl.where(d < ROTARY, d - half, d))
-        cos = tl.load(cos_ptr + row * rotary_stride + d, mask=d < ROTARY, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * rotary_stride + d, mask=d < ROTARY, other=0.0).to(tl.float32)
-        real = (g[:, None] < GROUP) & (d[None, :] < SIZE)
-        source = qkv_ptr + row * qkv_stride
-        heads = (head * GROUP + g[:, None]) * SIZE
         q = _turned(
-            source, heads + d[None, :], heads + other[None, :], real, cos, sin, q_weight_ptr, d, other, q_eps,
-            1, SIZE, half, Q_NORM, Q_OFFSET, Q_ROUND, dtype,
+            q, q_other, q_w, q_u, cos, sin, d, q_eps, 1, SIZE, half, Q_NORM, Q_OFFSET, Q_ROUND, dtype
         )  # fmt: skip
         base = row * batch_stride + head.to(tl.int64) * head_stride
         top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -214,12 +232,9 @@ def _attend_token(
             mixed = mixed * fade[:, None] + tl.dot(p.to(dtype), v, input_precision=PRECISION)
             top = higher
         if split == active - 1:
-            own = (KV_HEADS * GROUP + head) * SIZE
             new_k = _turned(
-                source, own + d, own + other, d < SIZE, cos, sin, k_weight_ptr, d, other, k_eps,
-                0, SIZE, half, K_NORM, K_OFFSET, K_ROUND, dtype,
+                new_k, k_other, k_w, k_u, cos, sin, d, k_eps, 0, SIZE, half, K_NORM, K_OFFSET, K_ROUND, dtype
             )  # fmt: skip
-            new_v = tl.load(source + own + KV_HEADS * SIZE + d, mask=d < SIZE, other=0.0)
             tl.store(keys_ptr + base + last * place_stride + d, new_k, mask=d < SIZE)
             tl.store(values_ptr + base + last * place_stride + d, new_v, mask=d < SIZE)
             s = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
@@ -230,7 +245,7 @@ def _attend_token(
             # The weight is rounded as those of the other positions are.
             mixed = mixed * fade[:, None] + rise.to(dtype).to(tl.float32)[:, None] * new_v.to(tl.float32)[None, :]
             top = higher
-        if active == 1:
+        if SPLITS == 1:
             y_at = (which.to(tl.int64) * GROUP + g[:, None]) * SIZE + d[None, :]
             tl.store(y_ptr + y_at, (mixed / total[:, None]).to(dtype), mask=real)
         else:
@@ -239,12 +254,6 @@ def _attend_token(
             tl.store(shares_ptr + at, mixed, mask=g[:, None] < PADDED)
             tl.store(tops_ptr + slot * 2 * PADDED + g, top, mask=g < PADDED)
             tl.store(tops_ptr + slot * 2 * PADDED + PADDED + g, total, mask=g < PADDED)
-            # All threads' shares are written before the count is raised.
-            tl.debug_barrier()
-            before = tl.atomic_add(counter_ptr + which, 1, sem="acq_rel", scope="gpu")
-            if before == active - 1:
-                tl.store(counter_ptr + which, 0)
-                _add_up(shares_ptr, tops_ptr, y_ptr, which.to(tl.int64), active, GROUP, SIZE, SPLITS, PADDED, WIDE)
 
 
 def attend_token(
@@ -277,11 +286,13 @@ def attend_token(
     device = qkv.device
     y = torch.empty(batch, heads * size, dtype=qkv.dtype, device=device)
     count = batch * kv_heads
-    splits = _splits(device, count, capacity)
     padded, wide = triton.next_power_of_2(group), max(16, triton.next_power_of_2(size))
+    # Two stages of keys and values have to fit into shared memory.
+    block = _BLOCK if wide * qkv.element_size() <= 256 else max(16, _BLOCK * 256 // (wide * qkv.element_size()))
+    splits = _splits(device, count, triton.cdiv(capacity, block))
     shares = torch.empty(count * splits * padded * wide, dtype=torch.float32, device=device)
     tops = torch.empty(count * splits * 2 * padded, dtype=torch.float32, device=device)
-    begin, options = early(device)
+    start_early, options = early(device)
     q_weight, q_rule = q_norm or (qkv, None)
     k_weight, k_rule = k_norm or (qkv, None)
     _attend_token[(count, splits)](
@@ -297,7 +308,6 @@ def attend_token(
         start,
         shares,
         tops,
-        _counter(device, count),
         qkv.stride(0),
         cos.stride(0) if cos.shape[0] > 1 else 0,
         keys.stride(0),
@@ -325,26 +335,39 @@ def attend_token(
         ROWS=max(16, padded),
         PADDED=padded,
         WIDE=wide,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         num_warps=_WARPS,
         num_stages=2,
-        **begin,
+        **start_early,
         **options,
     )
+    if splits > 1:
+        _add_up[(count, group)](
+            shares,
+            tops,
+            y,
+            position,
+            start,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            SIZE=size,
+            WINDOW=window or 0,
+            SPLITS=splits,
+            LEAST=_LEAST,
+            PADDED=padded,
+            WIDE=wide,
+            BLOCK=block,
+            MANY=triton.next_power_of_2(splits),
+            num_warps=4,
+            **start_early,
+            **options,
+        )
     return y
 
 
-def _splits(device: torch.device, count: int, capacity: int) -> int:
-    """Return how many programs share the positions of a head: enough to fill the card twice, a power of two."""
+def _splits(device: torch.device, count: int, blocks: int) -> int:
+    """Return how many programs share the ``blocks`` of positions of a head: enough to fill the card twice."""
+    if blocks <= _ALONE:
+        return 1
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    most = triton.cdiv(triton.cdiv(capacity, _BLOCK), _LEAST)
-    return max(1, min(triton.next_power_of_2(triton.cdiv(2 * units, count)), most))
-
-
-def _counter(device: torch.device, count: int) -> Tensor:
-    """Return the counters of finished shares: zero before and after every launch."""
-    size = triton.next_power_of_2(count)
-    found = _counters.get((device, size))
-    if found is None:
-        found = _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
-    return found
+    return max(1, min(triton.next_power_of_2(triton.cdiv(2 * units, count)), triton.cdiv(blocks, _LEAST), 64))

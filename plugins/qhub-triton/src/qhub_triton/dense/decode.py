@@ -18,7 +18,7 @@ _CUTS = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """Return float32 ``x`` in ``DTYPE``, rounded to nearest even."""
-    if _CUTS and DTYPE == tl.bfloat16:  # noqa: SIM300 - a constexpr compares from the left
+    if _CUTS and DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)
         # A NaN stays one, whatever its payload.

@@ -1,9 +1,9 @@
 """The product for thousands of rows: the weight is written dense, a piece at a time that stays in the cache.
 
 A piece is written on a second stream while the one before it is multiplied, so that it fills the processors that the
-end of a product leaves idle, and the product finds it in the cache. For fewer rows a product of a piece has too few tiles
-for the GPU, and the weight is written whole. Measured on an H100 with an 8192 x 8192 weight of 4 bits, as shares of the
-speed of cuBLAS on a dense weight: 4096 rows 0.93 to 0.96 (whole: 0.92), 8192 rows 0.98 to 1.01 (whole: 0.95).
+end of a product leaves idle, and the product finds it in the cache. For fewer rows a product of a piece has too few
+tiles for the GPU, and the weight is written whole. Measured on an H100 with an 8192 x 8192 weight of 4 bits, as shares
+of the speed of cuBLAS on a dense weight: 4096 rows 0.93 to 0.96 (whole: 0.92), 8192 rows 0.98 to 1.01 (whole: 0.95).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from qhub_triton.dense.decode import float8_value
-from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
+from qhub_triton.dense.registers import looked_up, table_bytes
+from qhub_triton.tiled.decode import INTEGER, TABLE, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["grouped_few", "rows_of", "scales_of"]
@@ -63,7 +64,7 @@ def _pieces(pointer, base, warp, BLOCKS, WARPS: tl.constexpr, TALL: tl.constexpr
     for i in tl.static_range(AHEAD):
         known = (base + i * WARPS + warp < BLOCKS)[None, :, None]
         for piece in tl.static_range(2 * TALL):
-            read = read + (tl.load(pointer + (base + i * WARPS) * 2048 + piece * 256, mask=known, other=0),)  # noqa: RUF005
+            read = read + (tl.load(pointer + (base + i * WARPS) * 2048 + piece * 256, mask=known, other=0),)
     return read
 
 
@@ -104,7 +105,9 @@ def grouped_few(
     HEIGHT: tl.constexpr = 16 * TALL
     STEP: tl.constexpr = WARPS * AHEAD
     DTYPE: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE) * (17 if WIDE else 1)  # noqa: SIM300
+    # Tables of 16 numbers are held in registers.
+    PICKED: tl.constexpr = NATIVE and KIND == TABLE and BITS == 4
+    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE) * (17 if WIDE else 1)
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, 8)
     if expert >= 0:
         whose = expert.to(tl.int64)
@@ -122,12 +125,16 @@ def grouped_few(
         pointer = first + (warp * 2048)[None, :, None] + (tl.arange(0, 8) * 32)[:, None, None] + p[None, None, :]
         row = n0 + tl.arange(0, HEIGHT)
         acc = tl.zeros((WARPS, HEIGHT, 8), tl.float32)
+        if PICKED:
+            table_of = table_bytes(table, DTYPE)
         from_rows = x + (source * stride_xm)[:, None, None] + p[None, None, :]
         for base in tl.range(0, BLOCKS, STEP, num_stages=STAGES):
             here = _pieces(pointer, base, warp, BLOCKS, WARPS, TALL, AHEAD)
             for i in tl.static_range(AHEAD):
                 block = base + i * WARPS + warp
                 codes = _fragments(_words(here, i, WARPS, TALL), HEIGHT, WARPS)
+                if PICKED:
+                    picked = looked_up(codes, table_of, DTYPE)
                 for run in tl.static_range(P // RUN):
                     d = tl.zeros((WARPS, HEIGHT, 8), tl.float32)
                     e = tl.zeros((WARPS, HEIGHT, 8), tl.float32)
@@ -140,6 +147,8 @@ def grouped_few(
                         if WIDE:
                             d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
                             e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
+                        elif PICKED:
+                            d = tl.dot(picked[place], xv, d)
                         else:
                             d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
                         if KIND == INTEGER:

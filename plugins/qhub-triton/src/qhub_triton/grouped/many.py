@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qhub_triton.dense.registers import looked_up, table_bytes
 from qhub_triton.grouped.few import rows_of, scales_of
-from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
+from qhub_triton.tiled.decode import INTEGER, TABLE, numbers, offset_of
 from qhub_triton.tiled.groups import group_zeros, run_of
 
 __all__ = ["grouped_many"]
@@ -47,7 +48,8 @@ def grouped_many(
     RUN: tl.constexpr = run_of(P, GROUP)
     HAS_ZERO: tl.constexpr = ZERO == 1 or ZERO == 2
     DTYPE: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)  # noqa: SIM300
+    PICKED: tl.constexpr = NATIVE and KIND == TABLE and BITS == 4
+    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)
     CENTRE: tl.constexpr = (ZERO_POINT if ZERO == 0 else 0) + (0 if WIDE else OFFSET)
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, BLOCK_M)
     if expert >= 0:
@@ -66,8 +68,12 @@ def grouped_many(
         pointer = words + (held.to(tl.int64) * BLOCKS)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
         from_rows = x + (source * stride_xm)[None, :] + p[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if PICKED:
+            table_of = table_bytes(table, DTYPE)
         for block in tl.range(0, BLOCKS, num_stages=STAGES):
             codes = tl.load(pointer)
+            if PICKED:
+                picked = looked_up(codes, table_of, DTYPE)
             for run in tl.static_range(P // RUN):
                 d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 at = (block * P + run * RUN) * 32 // GROUP + tl.zeros((1,), tl.int32)
@@ -93,6 +99,8 @@ def grouped_many(
                         v = _less(
                             numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, HAS_ZERO, WHOLE, CENTRE
                         )
+                    elif PICKED:
+                        v = picked[place]
                     else:
                         v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
                     if EARLY:

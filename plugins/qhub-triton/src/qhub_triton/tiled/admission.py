@@ -19,6 +19,10 @@ def accepts(problem: Problem) -> str | None:
     assert isinstance(layout, Tiled)
     if isinstance(layout.of, Float8) and layout.of.format not in ("e4m3fn", "e5m2"):
         return f"widens E4M3 and E5M2, not {layout.of.format}"
-    if isinstance(layout.of, Lookup) and layout.of.scales_nested is not None and layout.of.scales_nested.dtype != "uint8":
+    if (
+        isinstance(layout.of, Lookup)
+        and layout.of.scales_nested is not None
+        and layout.of.scales_nested.dtype != "uint8"
+    ):
         return f"second-level scales of {layout.of.scales_nested.dtype} codes"
     return None

@@ -1,9 +1,9 @@
 """The product for few rows of input: every weight is read once, and goes to the matrix units with one shift.
 
-A program computes 16 * TALL rows of the output, its warps share the columns among them, and each warp reads 16-byte pieces
-of a tile that are the fragments its matrix unit wants: the order of K is chosen to that end, for the codes and the input
-alike, which a sum over K does not mind. So nothing passes through shared memory but the sums of the warps at the end.
-Weights stay whole numbers in the product; scales and zeros come after it, in float32:
+A program computes 16 * TALL rows of the output, its warps share the columns among them, and each warp reads 16-byte
+pieces of a tile that are the fragments its matrix unit wants: the order of K is chosen to that end, for the codes and
+the input alike, which a sum over K does not mind. So nothing passes through shared memory but the sums of the warps at
+the end. Weights stay whole numbers in the product; scales and zeros come after it, in float32:
 
     y = sum_g scale_g * (sum_k code_k x_k - zero_g * sum_k x_k) + offset_g * sum_k x_k
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones
+from qhub_triton.tiled.decode import INTEGER, entries, in_registers, looked_up, numbers, offset_of, ones
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["few"]
@@ -27,7 +27,7 @@ def _fragments(t, ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _pieces(pointer, base, warp, BLOCKS, WARPS: tl.constexpr, TALL: tl.constexpr, AHEAD: tl.constexpr):
-    """Return the words of AHEAD blocks for each warp, from block ``base`` on, in pieces (8, WARPS, 32) of eight rows."""
+    """Return the words of AHEAD blocks for each warp from ``base`` on, in pieces (8, WARPS, 32) of eight rows."""
     read = ()
     for i in tl.static_range(AHEAD):
         known = (base + i * WARPS + warp < BLOCKS)[None, :, None]
@@ -73,13 +73,13 @@ def _inputs(x, m0, k, M, K, stride_xm, WARPS: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def _turn(
-    acc, pieces, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp, base, m0, M, K,
-    GROUPS, stride_xm,
+    acc, pieces, x, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row, warp, base, m0,
+    M, K, GROUPS, stride_xm,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
     NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, NATIVE: tl.constexpr,
     WARPS: tl.constexpr, TALL: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return ``acc`` (WARPS, 16 * TALL, BLOCK_M) plus the products of the blocks in ``pieces``, from block ``base`` on."""
+    """Return ``acc`` (WARPS, 16 * TALL, BLOCK_M) plus the products of the blocks in ``pieces``, from ``base`` on."""
     P: tl.constexpr = 16 // BITS
     WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
     # Slices of one block whose weights share their scales.
@@ -101,6 +101,8 @@ def _turn(
                 if WIDE:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
                     e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
+                elif in_registers(KIND, BITS, NATIVE):
+                    d = tl.dot(looked_up(codes, held, place, DTYPE == tl.float16), xv, d)
                 else:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
                 if KIND == INTEGER:
@@ -150,6 +152,7 @@ def few(
     pointer = tile + (warp * 2048)[None, :, None] + (tl.arange(0, 8) * 32)[:, None, None] + p[None, None, :]
     row = n0 + tl.arange(0, HEIGHT)
     acc = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
+    held = entries(table, KIND, BITS, NATIVE)
     if TURNS == 0:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
@@ -157,9 +160,9 @@ def few(
         for base in range(0, BLOCKS, STEP):
             here = _pieces(pointer, base, warp, BLOCKS, WARPS, TALL, AHEAD)
             acc = _turn(
-                acc, here, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp, base, m0,
-                M, K, GROUPS, stride_xm, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, NATIVE, WARPS, TALL,
-                AHEAD, BLOCK_M,
+                acc, here, x, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row, warp,
+                base, m0, M, K, GROUPS, stride_xm, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, NATIVE,
+                WARPS, TALL, AHEAD, BLOCK_M,
             )  # fmt: skip
     else:
         # Unrolled: what is carried round a loop would be taken apart, two words of 16 bits, and put together again.
@@ -172,7 +175,7 @@ def few(
             if turn + 1 < TURNS:
                 there = _pieces(pointer, (turn + 1) * STEP, warp, BLOCKS, WARPS, TALL, AHEAD)
             acc = _turn(
-                acc, here, x, scales, zeros, table, supers, super_table, super_offset, zero_supers, row, warp,
+                acc, here, x, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row, warp,
                 turn * STEP, m0, M, K, GROUPS, stride_xm, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
                 NATIVE, WARPS, TALL, AHEAD, BLOCK_M,
             )  # fmt: skip

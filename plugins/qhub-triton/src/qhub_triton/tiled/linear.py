@@ -1,4 +1,4 @@
-"""The product with a weight in tiles: what a kernel needs is gathered once per weight, the plan chosen by rows of input."""
+"""The product with a weight in tiles: what a kernel needs is gathered once per weight, the plan chosen by rows."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Product:
             self.index = self.device.index or 0
             prepare(self.device)
         self.processors = processors(self.device)
-        self.tensors = _tensors(layout, parts)
-        self.constants = _constants(layout, parts, self.device)
+        self.tensors = _tensors(layout, parts, dtype)
+        self.constants = _constants(layout, parts)
         self.overlaps = self.index >= 0 and overlaps(self.device)
         self.launches: dict[tuple[int, bool, bool, bool], tuple[Few | Many, Launch]] = {}
 
@@ -133,17 +133,27 @@ def _whole(parts: Parts) -> bool:
     return "zeros" in parts and not parts["zeros"].is_floating_point()
 
 
-def _tensors(layout: Tiled, parts: Parts) -> tuple[Tensor, ...]:
+def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``table`` (16,) float32 in 16 bits of ``dtype``, as 8 int32: four low bytes each, then four high bytes."""
+    apart = table.to(dtype).view(torch.uint8).reshape(4, 4, 2)
+    return torch.cat([apart[..., 0], apart[..., 1]]).contiguous().view(torch.int32).reshape(8)
+
+
+def _tensors(layout: Tiled, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return words, scales, zeros, table, second-level scales and their table and offset, second-level zeros."""
     none = parts["qweight"]
     scales = parts["scales"]
     if scales.dtype == torch.float8_e8m0fnu:
         scales = scales.view(torch.uint8)
+    table = parts.get("table", none)
+    if table is not none and layout.bits == 4 and native(none.device):
+        table = bytes_of(table, dtype)
+    parts = {**parts, "table": table}
     names = ("zeros", "table", "scales_super", "scales_table", "scales_offset", "zeros_super")
     return (parts["qweight"], scales, *(parts.get(name, none) for name in names))
 
 
-def _constants(layout: Tiled, parts: Parts, device: torch.device) -> dict[str, Any]:
+def _constants(layout: Tiled, parts: Parts) -> dict[str, Any]:
     """Return the compile-time values that the layout decides."""
     of: Any = layout.of
     kind = decode.INTEGER
@@ -157,12 +167,12 @@ def _constants(layout: Tiled, parts: Parts, device: torch.device) -> dict[str, A
     zero = {"constant": 0, "value": 1, "offset": 2}[getattr(of, "zero", "constant")]
     return {
         "BITS": layout.bits, "KIND": kind.value, "GROUP": group, "ZERO": zero, "ZERO_POINT": zero_point,
-        "UNIT": float(getattr(of, "unit", 1.0)), "NESTED": _nested(layout.scale_tensors().get("scales"), parts, "scales"),
-        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros"), parts, "zeros"),
+        "UNIT": float(getattr(of, "unit", 1.0)), "NESTED": _nested(layout.scale_tensors().get("scales")),
+        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros")),
     }  # fmt: skip
 
 
-def _nested(nested: Nested | None, parts: Parts, name: str) -> tuple[int, bool, bool, bool] | None:
+def _nested(nested: Nested | None) -> tuple[int, bool, bool, bool] | None:
     if nested is None:
         return None
     return nested.group, nested.table, nested.offset, nested.divide

@@ -1,9 +1,9 @@
 """The product for many rows of input: tiles of weights in registers against the input in shared memory.
 
-The roles are turned round, y.T = W @ x.T: the words of a tile become the left operand of the matrix units where they were
-read, so that a weight is widened once per program, and few rows of input cost little. Weights stay whole numbers in the
-product; scales come after it, in float32. Where the output has too few tiles for the GPU, several programs share the
-columns; the last of them to finish adds up all parts in their order, so that the result is the same each time.
+The roles are turned round, y.T = W @ x.T: the words of a tile become the left operand of the matrix units where they
+were read, so that a weight is widened once per program, and few rows of input cost little. Weights stay whole numbers
+in the product; scales come after it, in float32. Where the output has too few tiles for the GPU, several programs share
+the columns; the last of them to finish adds up all parts in their order, so that the result is the same each time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
+from qhub_triton.tiled.decode import INTEGER, entries, in_registers, looked_up, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["many"]
@@ -38,7 +38,8 @@ def _factors(
     P: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
     NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Return the scale (BLOCK_N,) float32 of each run of slices of ``block``, each followed by its zero if it has one."""
+    """Return the scale (BLOCK_N,) float32 of each run of slices of ``block``, each followed by its zero if it has
+    one."""
     read = ()
     for run in tl.static_range(P // RUN):
         at = (block * P + run * RUN) * 32 // GROUP + tl.zeros((1,), tl.int32)
@@ -94,19 +95,74 @@ def many(
     pointer = words + (held.to(tl.int64) * BLOCKS + first)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
     source = x + m.to(tl.int64)[None, :] * stride_xm + (first * P * 32 + p)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    held = entries(table, KIND, BITS, NATIVE)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # A block ahead: these small reads are not worth a place in shared memory.
     if not EARLY:
-        now = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, first, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+        now = _factors(
+            scales,
+            zeros,
+            supers,
+            super_table,
+            super_offset,
+            zero_supers,
+            row,
+            first,
+            N,
+            GROUPS,
+            P,
+            RUN,
+            GROUP,
+            ZERO,
+            ZERO_POINT,
+            NESTED,
+            ZERO_NESTED,
+        )
     for block in tl.range(first, last, num_stages=STAGES):
         codes = tl.load(pointer)
         if EARLY:
             # Read where they are used: only then are they brought into the order of the operand.
-            now = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+            now = _factors(
+                scales,
+                zeros,
+                supers,
+                super_table,
+                super_offset,
+                zero_supers,
+                row,
+                block,
+                N,
+                GROUPS,
+                P,
+                RUN,
+                GROUP,
+                ZERO,
+                ZERO_POINT,
+                NESTED,
+                ZERO_NESTED,
+            )
         else:
-            later = _factors(scales, zeros, supers, super_table, super_offset, zero_supers, row, block + 1, N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED)
+            later = _factors(
+                scales,
+                zeros,
+                supers,
+                super_table,
+                super_offset,
+                zero_supers,
+                row,
+                block + 1,
+                N,
+                GROUPS,
+                P,
+                RUN,
+                GROUP,
+                ZERO,
+                ZERO_POINT,
+                NESTED,
+                ZERO_NESTED,
+            )
         for run in tl.static_range(P // RUN):
             scale = now[run * EACH]
             zero = now[run * EACH + EACH - 1]
@@ -121,6 +177,8 @@ def many(
                     v = _less(high * 16.0 + low, zero, EACH == 2, WHOLE, CENTRE)
                 elif KIND == INTEGER:
                     v = _less(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, EACH == 2, WHOLE, CENTRE)
+                elif in_registers(KIND, BITS, NATIVE):
+                    v = looked_up(codes, held, place, DTYPE == tl.float16)
                 else:
                     v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
                 if EARLY:

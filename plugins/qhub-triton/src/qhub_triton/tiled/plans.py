@@ -97,7 +97,9 @@ def candidates(n: int, blocks: int, m: int, processors: int) -> list[Few | Many]
         found += [Few(w, t, a, 8) for w, t, a in ((4, 2, 2), (8, 2, 2), (8, 1, 2), (16, 1, 1), (4, 1, 2))]
     elif m <= 32:
         rows, stages = (16, 4) if m <= 16 else (32, 3)
-        found += [Many(4, 64, rows, split, stages, False, overlap) for split in (1, 2, 4, 8) for overlap in (False, True)]
+        found += [
+            Many(4, 64, rows, split, stages, False, overlap) for split in (1, 2, 4, 8) for overlap in (False, True)
+        ]
         found += [Many(8, 128, rows, split, 3) for split in (1, 2, 4)]
     elif m <= 128:
         rows = 64 if m <= 64 else 128

@@ -1,0 +1,80 @@
+"""Looks codes of 4 bits up in a table of 16 numbers that lies in registers: no memory is read for a weight.
+
+A byte permutation picks four bytes out of eight by four codes of 3 bits. Two of them and a third by the codes'
+highest bits are a table of 16 bytes; one such table holds the lower bytes of the numbers, one the upper. That is 27
+instructions for eight weights; a load for each weight would keep the load units as busy as the weights' own arrival
+does. For NVIDIA's GPUs only; elsewhere the table is read from memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["looked_up", "table_bytes"]
+
+
+@triton.constexpr_function
+def _code():
+    """Return the instructions: $0 to $3 the numbers at places 0 to 3 of the two words $4, $5 to $20 the table's bytes,
+    each word of them twice."""
+    lower, upper = ("$5", "$7", "$9", "$11"), ("$13", "$15", "$17", "$19")
+    code = "{ .reg .b32 a, b, m, h, p, q, l, g; "
+    for even in (True, False):
+        # Codes of the first and the second word side by side: places 0 and 2, then 1 and 3.
+        if even:
+            code += "shr.b32 b, $4, 12; lop3.b32 a, $4, b, 0x0F0F, 0xE4; "
+        else:
+            code += "shr.b32 a, $4, 4; shr.b32 b, $4, 16; lop3.b32 a, a, b, 0x0F0F, 0xE4; "
+        code += "and.b32 m, a, 0x7777; shr.b32 h, a, 1; lop3.b32 h, h, 0x4444, 0x3210, 0xEA; "
+        for table, name in ((lower, "l"), (upper, "g")):
+            code += f"prmt.b32 p, {table[0]}, {table[1]}, m; prmt.b32 q, {table[2]}, {table[3]}, m; "
+            code += f"prmt.b32 {name}, p, q, h; "
+        first, second = ("$0", "$2") if even else ("$1", "$3")
+        code += f"prmt.b32 {first}, l, g, 0x5140; prmt.b32 {second}, l, g, 0x7362; "
+    return code + "}"
+
+
+@triton.constexpr_function
+def _constraints():
+    return ",".join(["=r"] * 4 + ["r"] * 17)
+
+
+@triton.jit
+def _half(table, FIRST: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the lower and the upper bytes of four entries of ``table`` from FIRST on, as two int32."""
+    low = 0
+    high = 0
+    for i in tl.static_range(4):
+        number = tl.load(table + FIRST + i).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        low |= (number & 0xFF) << (8 * i)
+        high |= ((number >> 8) & 0xFF) << (8 * i)
+    return low, high
+
+
+@triton.jit
+def table_bytes(table, DTYPE: tl.constexpr):
+    """Return the 16 float32 at ``table`` in the 16-bit DTYPE as eight int32, for :func:`looked_up`."""
+    a, e = _half(table, 0, DTYPE)
+    b, f = _half(table, 4, DTYPE)
+    c, g = _half(table, 8, DTYPE)
+    d, h = _half(table, 12, DTYPE)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def looked_up(words, table, DTYPE: tl.constexpr):
+    """Return the numbers at places 0, 1, 2 and 3 of int16 ``words``, four tensors of its shape in DTYPE.
+
+    ``table``: of :func:`table_bytes`.
+    """
+    args = [words, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
+    # The dtypes are written out: the compiler takes no constants of the caller's here.
+    if DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            _code(), _constraints(), args, (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _code(), _constraints(), args, (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
