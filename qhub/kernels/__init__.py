@@ -11,7 +11,7 @@ dense_kernels.py  which kernel that is
 ordering.py       which kernel is fastest for which M: measured, interpolated, guessed
 tables.py         measured times on disk; signature.py is their key, cards/ those that are shipped
 roofline.py       guesses; hardware.py says what a card can do
-tune.py           measures; timing.py is the clock, standard.py makes the tables that are shipped
+tune.py           measures; contest.py says what, timing.py is the clock, standard.py makes the shipped tables
 explanation.py    the choices of a whole model, for people
 """
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qhub.kernels.contest import Task, warmed
 from qhub.kernels.hardware import card_name
 from qhub.kernels.spec import Problem
 from qhub.kernels.tables import BUCKETS, shipped_file
-from qhub.kernels.tune import Task, measured, warmed
+from qhub.kernels.tune import measured
 from qhub.layouts import Activation, Affine, Float8, Grid, Layout, Lookup
 from qhub.layouts.tiled import Tiled
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds",
         type=float,
         default=600.0,
-        help="begin no further layer after so long ; with --warm, as long for that before",
+        help="begin no layer after so long; as long for --warm",
     )
     parser.add_argument("--rows", default=",".join(map(str, BUCKETS)), help="numbers of input rows")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes first")

@@ -15,6 +15,7 @@ import qhub
 from qhub import QuantizedTensor
 from qhub.decoding.joining import Joined, pointers
 from qhub.decoding.optimizing import _decoders
+from qhub.kernels.arranging import arrange
 
 from .test_generate import both, prompt, ran_in_steps
 
@@ -62,6 +63,23 @@ def test_quantized_models(quantized, method):
         # Biases and weights: q, k, v and gate, up of three layers.
         assert len(joined) == 6
         assert all(part.product.weight.shape[0] == sum(m.out_features for m in part.layers) for part in joined.values())
+    assert storages(model) <= before
+
+
+def test_weights_in_tiles_are_joined_in_tiles(make, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+    make("llama", **sizes).save_pretrained(tmp_path / "dense")
+    config = HqqConfig(nbits=4, group_size=64, axis=1)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, dtype=torch.float32
+    ).eval()
+    wanted = model.generate(**prompt(2), max_new_tokens=20, do_sample=False)
+    assert arrange(model, forced=True) == 21
+    before = storages(model)
+    qhub.optimize(model)
+    assert torch.equal(model.generate(**prompt(2), max_new_tokens=20, do_sample=False), wanted)
+    joined = [member.product.weight.quant_layout for member in _decoders[model].joined.values()]
+    assert [(layout.kind, layout.out_features) for layout in joined] == [("tiled", 256), ("tiled", 384)] * 3
     assert storages(model) <= before
 
 

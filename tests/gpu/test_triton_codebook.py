@@ -83,6 +83,21 @@ def test_error_is_that_of_a_dense_product(case: str, dtype: torch.dtype) -> None
         assert relative(product(x, bias), wanted) < _AIM * usual, m
 
 
+@pytest.mark.parametrize("case", ["2x8 odd", "3x8", "E8P 28", "E8P 3 bits"])
+def test_portable_kernels(case: str) -> None:
+    layout, book = CASES[case]
+    if book is not None:
+        layout = lattice(*layout, book)
+    parts = parts_of(layout, book)
+    weight = layout.dequantize(parts).double()
+    for dtype in (torch.bfloat16, torch.float16):
+        product = linear.bind(layout, parts, dtype, {"native": False})
+        for m in (1, 7, 16):
+            x = torch.randn(m, layout.in_features, device="cuda").to(dtype)
+            usual = relative(x @ weight.to(dtype).T, x.double() @ weight.to(dtype).double().T)
+            assert relative(product(x, None), x.double() @ weight.T) < _AIM * usual, m
+
+
 @pytest.mark.parametrize("case", ["2x8", "E8P"])
 def test_graphs_and_repeats_give_the_same_bits(case: str) -> None:
     layout, book = CASES[case]

@@ -91,7 +91,7 @@ def test_what_was_measured_before_stays(offer):
 
 
 def test_other_rows_stay_and_other_versions_go(offer, monkeypatch):
-    from qhub.kernels import tune
+    from qhub.kernels import contest
 
     offer(a={"packages": ("numpy",)})
     qhub.tune(model()[:1], rows=(1,))
@@ -99,7 +99,7 @@ def test_other_rows_stay_and_other_versions_go(offer, monkeypatch):
     table = Table.read(user_file(card_name(CPU)))
     rows = {shape.n: sorted(kernels["a:1"]) for shapes in table.times.values() for shape, kernels in shapes.items()}
     assert rows == {48: [1, 2], 32: [2]}
-    monkeypatch.setattr(tune, "packages_of", lambda spec: dict.fromkeys(spec.packages, "99"))
+    monkeypatch.setattr(contest, "packages_of", lambda spec: dict.fromkeys(spec.packages, "99"))
     qhub.tune(model()[:1], rows=(4,))
     table = Table.read(user_file(card_name(CPU)))
     kernels = {shape.n: kernels for shapes in table.times.values() for shape, kernels in shapes.items()}
@@ -174,7 +174,8 @@ def test_the_shipped_table_is_made_and_the_user_s_comes_first(offer, tmp_path, m
 
 
 def test_warming_runs_everything_once(offer):
-    from qhub.kernels.tune import tasks, warmed
+    from qhub.kernels.contest import warmed
+    from qhub.kernels.tune import tasks
 
     calls = offer(a={"bind": True, "tunables": lambda problem, parts, m: {"wide": {"factor": m}}}, b={"max_m": 4})
     (task,) = tasks(model()[:1])

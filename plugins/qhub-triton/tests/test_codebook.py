@@ -14,6 +14,8 @@ from qhub.kernels import Problem
 from qhub.layouts import Codebook, Grid, Transform
 from qhub.layouts.vectors import FoldedBook, PlainBook
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has tests of its own: tests/gpu")
+
 # The interpreter's products are in float32, of inputs with 11 bits and sums of some hundred terms; what is left is the
 # rounding of the result to float16, 2^-12 at most, and of an input that was rotated.
 _CLOSE = 2.0**-11

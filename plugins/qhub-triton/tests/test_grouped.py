@@ -142,6 +142,10 @@ def test_one_token(layout):
         compare(layout, 1, 2, single=True, bias=True, dtype=dtype)
 
 
+def test_pairs_that_are_not_sorted():
+    compare(LAYOUTS[1], 3, 2, experts=7, single=True, dtype=DTYPES[0])
+
+
 def test_many_rows_and_biases():
     for dtype in DTYPES:
         compare(LAYOUTS[0], 70, 2, experts=3, bias=True, dtype=dtype)

@@ -58,7 +58,7 @@ class Launch:
         self.device = -1
 
     def __call__(self, grid: tuple[int, int, int], device: int, *arguments: Any) -> None:
-        """Run the kernel on GPU number ``device``, the current one or not."""
+        """Run the kernel on GPU number ``device``, the current one or not; -1: what is no GPU of CUDA or ROCm."""
         fast = self.fast
         if fast is not None and device == self.device:
             addresses = [a if type(a) is int else a.data_ptr() for a in arguments]
@@ -71,5 +71,7 @@ class Launch:
             self.kernel[grid](*arguments, **self.constants, **self.options)
             return
         with torch.cuda.device(device):
-            self.fast = self.kernel[grid](*arguments, **self.constants, **self.options)
-            self.device = device
+            compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        # A triton whose compiled kernels are not run this way is asked each time instead.
+        if hasattr(compiled, "packed_metadata") and hasattr(compiled, "run"):
+            self.fast, self.device = compiled, device

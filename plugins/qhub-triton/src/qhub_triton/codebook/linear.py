@@ -46,7 +46,9 @@ def bind(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return what computes ``x @ W.T + bias`` for x (M, K) contiguous of ``dtype``, bias (N,) of ``dtype`` or None.
 
-    ``config``: ``{"few": rows of input up to which vectors are looked up}``.
+    ``config``, all optional: ``few``: rows of input up to which vectors are looked up; ``native``: False for the
+    portable kernels on any GPU; ``warps``, ``tall``: of a program of fragments; ``tables``: a program of tables, see
+    :meth:`qhub_triton.codebook.few.Few.tabulated`, or False for fragments instead.
     """
     assert isinstance(layout, Codebook)
     return Product(layout, parts, dtype, config or {})
@@ -136,7 +138,8 @@ class Product:
         self.inputs = Turning(found.inputs, self.k, parts, self.index, narrow=True, wide=self.wide)
         self.outputs = Turning(found.outputs, self.n, parts, self.index, narrow=False, wide=self.wide)
         self.config = config
-        self.few: Few | None = _few(layout, parts, config) if self.index >= 0 and native(self.device) else None
+        usual = self.index >= 0 and native(self.device) and config.get("native", True)
+        self.few: Few | None = _few(layout, parts, config) if usual else None
         self.launches: dict[Any, Launch] = {}
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

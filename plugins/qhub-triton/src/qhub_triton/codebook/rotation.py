@@ -52,13 +52,14 @@ def _power(largest, spread):
 def rotate_kernel(
     x, out, lengths, sums, divisor, before, factor, after, bias, scales, size, tall, rest, q, spread, scale_rows,
     HAS_DIVISOR: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_AFTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
-    NORM: tl.constexpr, RA: tl.constexpr, CA: tl.constexpr, B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, ONE_SCALE: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr, NORM: tl.constexpr, RA: tl.constexpr, CA: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Write ``out`` (M, size): row m of ``x`` divided, scaled, rotated, scaled, biased.
 
     ``tall``: a, the rows of the matrix view; ``rest``: a / q; ``NORM``: what the sums are multiplied by.
-    ``HAS_SCALES``: before all else entry n is multiplied by ``scales[n // scale_rows]``, and row m by ``lengths[m]``.
+    ``HAS_SCALES``: before all else entry n is multiplied by ``scales[n // scale_rows]``, and row m by ``lengths[m]``;
+    ``ONE_SCALE``: there is but one.
     ``NARROW``:
     each row times a power of two, whose inverse goes to ``lengths`` (M,); ``spread``: 2^spread is at least the square
     root of the size. ``sums`` (M, programs, 2) gets what the program's results add up to: those in the first half of
@@ -72,7 +73,11 @@ def rotate_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    length = tl.load(lengths + m) if HAS_SCALES else 1.0
+    length = 1.0
+    if HAS_SCALES:
+        length = tl.load(lengths + m)
+        if ONE_SCALE:
+            length *= tl.load(scales).to(tl.float32)
     for start in range(0, tall, CA):
         c = start + tl.arange(0, CA)
         at = c[:, None] * B + j[None, :]
@@ -82,7 +87,9 @@ def rotate_kernel(
             d = tl.load(divisor + at, mask=inside, other=1.0).to(tl.float32)
             v = v / tl.where(d == 0.0, 1.0, d)
         if HAS_SCALES:
-            v = v * (tl.load(scales + at // scale_rows, mask=inside, other=0.0).to(tl.float32) * length)
+            v = v * length
+            if not ONE_SCALE:
+                v = v * tl.load(scales + at // scale_rows, mask=inside, other=0.0).to(tl.float32)
         if HAS_BEFORE:
             v = v * tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
         if NARROW:

@@ -60,7 +60,7 @@ class Turning:
         key = (x.dtype, x.data_ptr() % 16, out.dtype, bias is not None, scales is not None, overlap)
         launch = self.launches.get(key)
         if launch is None:
-            launch = self.launches[key] = self._launch(bias is not None, scales is not None, overlap)
+            launch = self.launches[key] = self._launch(bias is not None, scales, overlap)
         none = out
         divide = none if self.divide is None else self.divide
         before = none if self.before is None else self.before
@@ -76,7 +76,7 @@ class Turning:
             self.q, self.spread, scale_rows,
         )  # fmt: skip
 
-    def _launch(self, biased: bool, scaled: bool, overlap: bool) -> Launch:
+    def _launch(self, biased: bool, scales: Tensor | None, overlap: bool) -> Launch:
         given = {"HAS_DIVISOR": self.divide is not None, "HAS_BEFORE": self.before is not None}
         extra = {"launch_pdl": True} if overlap else {}
         if self.side.rotate is None:
@@ -84,7 +84,8 @@ class Turning:
             return Launch(narrow_kernel, constants, {"num_warps": 8 if self.size > 2048 else 4, **extra})
         constants = {
             **given, "HAS_FACTOR": self.factor is not None, "HAS_AFTER": self.after is not None, "HAS_BIAS": biased,
-            "HAS_SCALES": scaled, "NARROW": self.narrow, "WIDE": self.wide, "OVERLAP": overlap, "NORM": self.norm,
+            "HAS_SCALES": scales is not None, "ONE_SCALE": scales is not None and scales.numel() == 1,
+            "NARROW": self.narrow, "WIDE": self.wide, "OVERLAP": overlap, "NORM": self.norm,
             "RA": _ROWS, "CA": _COLUMNS, "B": self.b,
         }  # fmt: skip
         return Launch(rotate_kernel, constants, {"num_warps": 4, "num_stages": 2, **extra})

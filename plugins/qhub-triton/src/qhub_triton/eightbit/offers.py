@@ -25,7 +25,7 @@ def offers() -> list[KernelSpec]:
             activations=frozenset(),
             accepts=f"qhub_triton.eightbit.accepting:{name}",
             tunables="qhub_triton.eightbit.choosing:tunables",
-            probes=(1, 3, 70),
+            probes=(1, 3, 70, 300),
             packages=("triton",),
             cost=Cost(bandwidth=0.9, rate=0.6, unit="byte", tile=16, launch=5e-6),
             rank=30,

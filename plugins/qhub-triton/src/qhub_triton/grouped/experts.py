@@ -100,9 +100,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _routes(top_k_index: Tensor, experts: int) -> Routes:
     tokens, top = top_k_index.shape
     ids = top_k_index.reshape(-1).contiguous()
-    if tokens == 1:
-        # A token's experts differ, so there is nothing to sort.
-        return Routes(ids, ids, ids, ids, ids, top, 1, True)
+    if tokens == 1 or 4 * tokens * top <= experts:
+        # A token's experts differ, and few tokens on many experts seldom share one: sorting would take longer than it
+        # takes to read a shared expert again.
+        return Routes(ids, ids, ids, ids, ids, tokens * top, 1, True)
     return routed(ids, experts, block_of(tokens * top, experts))
 
 
