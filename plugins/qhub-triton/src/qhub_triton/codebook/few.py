@@ -60,7 +60,8 @@ class Few:
         self.index = parts["codes"].device.index or 0
         self.processors = torch.cuda.get_device_properties(parts["codes"].device).multi_processor_count
         self.tabulates = words is None and layout.nbits == (8, 8) and config.get("tables") is not False
-        self.warps, self.tall = config.get("warps", 8), config.get("tall", 1)
+        warps, tall = self._fragments()
+        self.warps, self.tall = config.get("warps", warps), config.get("tall", tall)
         chosen = config.get("tables")
         self.tables = tuple(chosen) if isinstance(chosen, (list, tuple)) else self._tables()
         self.launches: dict[Any, Launch] = {}
@@ -130,6 +131,14 @@ class Few:
             self.parts["codes"].view(torch.int16), partial, self.n, self.blocks,
         )  # fmt: skip
         return partial
+
+    def _fragments(self) -> tuple[int, int]:
+        """Return warps and rows, in 16, of a program of fragments: few tall programs where there are enough of them,
+        more warps for each where rows are few and long. Measured on an H100."""
+        programs = -(-self.n // 16)
+        if programs < 4 * self.processors and self.blocks >= 1024:
+            return 8, 1
+        return 4, 2 if programs >= 4 * self.processors - 16 else 1
 
     def _tables(self) -> tuple[int, int, int, int, bool]:
         """Return rows at a time, turns and warps of a tabulating program, turns that codes are read ahead, and whether

@@ -78,13 +78,13 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     biased = bool(self.has_bias)
     first_bias = (self.gate_up_proj_bias if gated else self.up_proj_bias) if biased else None
     second_bias = self.down_proj_bias if biased else None
-    routes = _routes(top_k_index, first.shape[0])
-    dtype = first.compute_dtype or hidden_states.dtype
     tracked = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_states, top_k_weights, first_bias, second_bias)
     )
     if tracked:
         return _tracked(self, hidden_states, top_k_index, top_k_weights, (first, second), (first_bias, second_bias))
+    routes = _routes(top_k_index, first.shape[0])
+    dtype = first.compute_dtype or hidden_states.dtype
     product = _product(first, dtype)
     y = product(hidden_states.to(dtype), routes, top, None if first_bias is None else first_bias.to(dtype))
     if gated:

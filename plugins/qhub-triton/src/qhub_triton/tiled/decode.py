@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "entries", "in_registers", "looked_up", "numbers", "offset_of", "ones"]
+__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "entries", "in_registers", "numbers", "offset_of", "ones"]
 
 INTEGER: tl.constexpr = tl.constexpr(0)
 TABLE: tl.constexpr = tl.constexpr(1)
@@ -63,39 +63,13 @@ def _float8(place, half, exponent):
 
 @triton.constexpr_function
 def in_registers(kind, bits, native):
-    """Return whether codes are looked up among bytes in registers: :func:`looked_up` instead of :func:`numbers`."""
+    """Return whether codes are looked up in registers (:mod:`qhub_triton.dense.registers`), not by :func:`numbers`."""
     return native and kind == 1 and bits == 4
-
-
-@triton.constexpr_function
-def _sixteen(place):
-    """Return the instructions that look up the codes at ``place`` of two words among 16 entries of 16 bits.
-
-    ``prmt`` picks 4 of 8 bytes by the low 3 bits of 4 nibbles: once for the entries up to 7 and once for those above,
-    for low and high bytes; the nibbles' own high bits choose between the two. All 8 codes of the words are looked up:
-    the assembler sees that the four places do the same, and does it once. $2, $4, $6, $8: low bytes of entries 0-3,
-    4-7, 8-11, 12-15; $10, $12, $14, $16: high bytes. (Every second operand is a double: operands come in pairs.)
-    """
-    lines = [".reg .b32 h, m, s, a, b, l0, h0, l1, h1;"]
-    for half, source in ((0, "$1"), (1, "h")):
-        if half:
-            lines.append("shr.b32 h, $1, 16;")
-        lines += [f"shr.b32 m, {source}, 3;", "and.b32 m, m, 0x1111;", "prmt.b32 m, 0xFF00, 0, m;"]
-        lines.append(f"and.b32 s, {source}, 0x7777;")
-        for name, first in (("l", 2), ("h", 10)):
-            lines += [
-                f"prmt.b32 a, ${first}, ${first + 2}, s;",
-                f"prmt.b32 b, ${first + 4}, ${first + 6}, s;",
-                f"lop3.b32 {name}{half}, m, b, a, 0xCA;",
-            ]
-    select = f"0x{place + 4}{place}"
-    lines += [f"prmt.b32 a, l0, h0, {select};", f"prmt.b32 b, l1, h1, {select};", "prmt.b32 $0, a, b, 0x5410;"]
-    return "{ " + " ".join(lines) + " }"
 
 
 @triton.jit
 def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Return the entries of a table that :func:`looked_up` takes; read them once, before any loop.
+    """Return the bytes of a table for :func:`qhub_triton.dense.registers.looked_up`; read once, before any loop.
 
     ``table``: 8 int32 as :func:`qhub_triton.tiled.linear.bytes_of` makes them.
     """
@@ -104,17 +78,6 @@ def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr)
         for i in tl.static_range(8):
             read = read + (tl.load(table + i),)
     return read
-
-
-@triton.jit
-def looked_up(words, held, PLACE: tl.constexpr, HALF: tl.constexpr):
-    """Return the numbers at PLACE of int16 ``words``, 16-bit floats; ``held``: of :func:`entries`."""
-    KIND: tl.constexpr = tl.float16 if HALF else tl.bfloat16
-    return tl.inline_asm_elementwise(
-        _sixteen(PLACE), "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-        args=[words, held[0], held[1], held[2], held[3], held[4], held[5], held[6], held[7]],
-        dtype=KIND.value, is_pure=True, pack=2,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.decode import INTEGER, entries, in_registers, looked_up, numbers, offset_of, ones
+from qhub_triton.dense.registers import looked_up
+from qhub_triton.tiled.decode import INTEGER, entries, in_registers, numbers, offset_of, ones
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["few"]
@@ -90,6 +91,8 @@ def _turn(
     for i in tl.static_range(AHEAD):
         block = base + i * WARPS + warp
         codes = _fragments(_words(pieces, i, WARPS, TALL), HEIGHT, WARPS)
+        if in_registers(KIND, BITS, NATIVE):
+            picked = looked_up(codes, held, DTYPE)
         for run in tl.static_range(P // RUN):
             d = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
             e = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
@@ -102,7 +105,7 @@ def _turn(
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
                     e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
                 elif in_registers(KIND, BITS, NATIVE):
-                    d = tl.dot(looked_up(codes, held, place, DTYPE == tl.float16), xv, d)
+                    d = tl.dot(picked[place], xv, d)
                 else:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
                 if KIND == INTEGER:

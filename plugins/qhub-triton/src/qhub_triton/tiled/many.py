@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.decode import INTEGER, entries, in_registers, looked_up, numbers, offset_of
+from qhub_triton.dense.registers import looked_up
+from qhub_triton.tiled.decode import INTEGER, entries, in_registers, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 
 __all__ = ["many"]
@@ -122,6 +123,8 @@ def many(
         )
     for block in tl.range(first, last, num_stages=STAGES):
         codes = tl.load(pointer)
+        if in_registers(KIND, BITS, NATIVE):
+            picked = looked_up(codes, held, DTYPE)
         if EARLY:
             # Read where they are used: only then are they brought into the order of the operand.
             now = _factors(
@@ -178,7 +181,7 @@ def many(
                 elif KIND == INTEGER:
                     v = _less(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, EACH == 2, WHOLE, CENTRE)
                 elif in_registers(KIND, BITS, NATIVE):
-                    v = looked_up(codes, held, place, DTYPE == tl.float16)
+                    v = picked[place]
                 else:
                     v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
                 if EARLY:
