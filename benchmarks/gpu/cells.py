@@ -99,8 +99,15 @@ def best_peer(run: Run, groups: set[str], n: int, k: int, m: int, regime: str = 
 
 
 def ceiling(run: Run, name: str) -> float | None:
-    """Return the higher of what was measured before and after: ``"copy_gbs"`` or ``"bf16_tflops"``."""
+    """Return the higher of what was measured before and after: ``"copy_gbs"`` or ``"bf16_tflops"``; None for neither.
+
+    Of the bandwidth, what the weights of a cuBLAS product were read at counts too, where it is higher: a copy by the
+    card's own engine is no ceiling.
+    """
     found = [ceilings[name] for ceilings in run["ceilings"] if ceilings.get(name)]
+    if name == "copy_gbs" and found:
+        dense = (cell for cell in run["cells"] if cell["contestant"] == "cublas_bf16" and cell["m"] == 1)
+        found += [cell["bytes"] / value(cell) / 1e3 for cell in dense]
     return max(found, default=None)
 
 

@@ -93,5 +93,6 @@ def draw(runs: Sequence[Run], folder: Path) -> None:
         _lines(axis, runs, LAYOUTS, n, k, speed)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[0].set_ylabel("times as fast as cuBLAS bf16")
     _finish(figure, axes, len(shapes), folder / "performance-layouts.png")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.report [--merge FILE...] [--check]
 
-Reads ``gpu_grid.json``, ``gpu_end_to_end.json`` and ``gpu_generate.json`` in ``benchmarks/results``. ``--merge``: first
-puts the runs of these files into ``gpu_grid.json`` (by their ids, so that a file may be given twice). ``--check``:
-writes nothing and fails if the page is not that of the results.
+Reads ``gpu_grid.json``, ``gpu_end_to_end.json`` and ``gpu_generate*.json`` in ``benchmarks/results``. ``--merge``:
+first puts the runs of these files into ``gpu_grid.json`` (by their ids, so that a file may be given twice).
+``--check``: writes nothing and fails if the page is not that of the results.
 """
 
 from __future__ import annotations
@@ -115,22 +115,18 @@ def errors_table(runs: Sequence[Run]) -> str:
 
 
 def absent_table(runs: Sequence[Run]) -> str:
-    """Return who could not be had, failed or was wrong, and why."""
-    lines: dict[tuple[str, str], None] = {}
+    """Return who could not be had, failed or was wrong, and why; what another run has timed is left out."""
+    lines = []
     have = set(contestants_of(runs))
-    for run in runs:
-        for name, reason in run["missing"].items():
-            if name not in have:
-                lines[name, f"not to be had: {reason}"] = None
-    if runs:
-        last = runs[-1]
-        for cell in last["failed"]:
-            lines[cell["contestant"], f"{cell['n']}x{cell['k']} M={cell['m']} failed: {cell['reason']}"] = None
-        for cell in last["wrong"]:
-            text = (
-                f"{cell['n']}x{cell['k']} M={cell['m']}: error {cell['error']:.4f} above {cell['limit']:g}, not timed"
-            )
-            lines[cell["contestant"], text] = None
+    missing = {name: reason for run in runs for name, reason in run["missing"].items() if name not in have}
+    lines += [[name, reason] for name, reason in missing.items()]
+    for kind in ("failed", "wrong"):
+        found: dict[str, list[str]] = {}
+        for cell in (cell for run in runs for cell in run[kind]):
+            if lookup(runs, cell["contestant"], cell["n"], cell["k"], cell["m"]) is None:
+                why = cell["reason"] if kind == "failed" else f"error {cell['error']:.4f} above {cell['limit']:g}"
+                found.setdefault(cell["contestant"], []).append(f"{cell['n']}x{cell['k']} M={cell['m']}: {why}")
+        lines += [[name, f"{kind}, not timed, {len(cells)} cells; {cells[0]}"] for name, cells in found.items()]
     return markdown(["contestant", "why"], ([name, text.replace("|", "/")] for name, text in lines)) if lines else ""
 
 
@@ -204,7 +200,7 @@ def generate_table(result: dict[str, Any]) -> str:
             [
                 row["variant"], str(row["batch"]), str(row["prompt"]), f"{row['tokens_per_s']:.0f}",
                 f"{row['ms_per_step']:.2f}", f"{row['prefill_ms']:.1f}", f"{row['setup_s']:.1f}",
-                f"{row['peak_gib']:.1f}",
+                f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
             ]
             for row in result["runs"]
         ),
@@ -245,13 +241,22 @@ def document(grid: Sequence[Run], end_to_end: dict[str, Any] | None, generate: d
     if end_to_end is not None:
         parts += ["## Llama-3-8B shape: quantizing, prefill, LoRA step", end_to_end_table(end_to_end["runs"])]
     if generate is not None:
-        parts += ["## Llama-3-8B shape: generate", generate_table(generate)]
+        parts += ["## Llama-3-8B shape: generate", generate_table(generate), generate.get("note", "")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """Return a result file; None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_generate(folder: Path) -> dict[str, Any] | None:
+    """Return what the files of ``generate`` hold together; None where there is none."""
+    found = [read(path) or {} for path in sorted(folder.glob("gpu_generate*.json"))]
+    if not found:
+        return None
+    notes = " ".join(one["note"] for one in found if "note" in one)
+    return {"runs": [row for one in found for row in one["runs"]], "note": notes}
 
 
 def main() -> None:
@@ -265,7 +270,7 @@ def main() -> None:
     runs = merge(load([path for path in (store, *arguments.merge) if path.exists()]))
     if arguments.merge:
         store.write_text(json.dumps({"runs": runs}, separators=(",", ":")) + "\n")
-    end_to_end, generate = (read(arguments.results / f"gpu_{name}.json") for name in ("end_to_end", "generate"))
+    end_to_end, generate = read(arguments.results / "gpu_end_to_end.json"), read_generate(arguments.results)
     page = arguments.docs / "performance.md"
     text = document(runs, end_to_end, generate)
     if arguments.check:

@@ -23,5 +23,6 @@ So neither Python nor a launch is in the figure, but all that a call launches is
 of K. Every cell is checked first: the relative Frobenius error of the first and last eight rows against float64 x W^T
 with the contestant's own dequantized weight; a cell above its limit is not timed. In brackets: how many times as fast
 as the best peer of that cell with the same kind of weight; where nobody else has the kind, as cuBLAS. Ratios are taken
-within one run. Fraction of the roofline: the larger of packed weight bytes over the copy bandwidth and 2MNK over the
-bf16 rate, both measured in the same run, over the time."""
+within one run. Fraction of the roofline: the larger of packed weight bytes over the bandwidth and 2MNK over the bf16
+rate, both measured in the same run, over the time; the bandwidth is that of a copy or, where higher, that at which
+cuBLAS read a weight at M=1."""

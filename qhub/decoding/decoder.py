@@ -159,6 +159,12 @@ class Decoder:
             step.ready(greedy)
         except torch.OutOfMemoryError:
             raise StepError(f"there is no memory for a cache of {capacity} positions beside the prompt's") from None
+        except StepError:
+            raise
+        except Exception as error:
+            # Code of the model's that does not know this cache may raise anything; its own loop still works.
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise StepError(f"its step does not run on a static cache ({reason})") from error
         self.steps[batch, capacity, positions] = step
         if self.prompt is None:
             self.prompt = prompt_forms(self.model, step.forms)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from qhub.decoding.layers import Forms, Layer, in_form
 from qhub.decoding.recipes import Attention, agree
 
 __all__ = ["prompt_forms"]
+
+logger = logging.getLogger("qhub")
 
 # As for a whole decode step: errors of some hundred roundings add up.
 _SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
@@ -85,7 +88,9 @@ def prompt_forms(model: Any, forms: Forms) -> Forms:
         return {}
     try:
         return chosen if _same_prompt(model, chosen) else {}
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError):
+    except Exception as error:
+        # Code of the model's may want other arguments; it then reads its prompts itself.
+        logger.debug("qhub: prompts are read by the model's own code: %s: %s", type(error).__name__, error)
         return {}
 
 

@@ -109,8 +109,10 @@ def card_tags(model: Any) -> list[str]:
     for parameter in model.parameters():
         if isinstance(parameter, QuantizedTensor):
             # People say "4-bit" for 4-bit codes, whatever scales and tables take: codes are integers or 8-bit floats.
-            layout = parameter.quant_layout
-            parts = [parameter.parts[name] for name in layout.core_specs().keys() - layout.scale_tensors().keys()]
+            # In the order of files: tiles have room for rows and columns that are not there.
+            plain = parameter.in_plain_order()
+            layout = plain.quant_layout
+            parts = [plain.parts[name] for name in layout.core_specs().keys() - layout.scale_tensors().keys()]
             coded += sum(p.nbytes for p in parts if not p.is_floating_point() or p.element_size() == 1)
             count += parameter.numel()
     bits = [f"{round(8 * coded / count)}-bit"] if coded else []

@@ -21,6 +21,8 @@ UNLIMITED = float("inf")
 _DOUBT = 1.25
 # Measured shapes that a time is interpolated from.
 _NEIGHBOURS = 4
+# Up to which distance a shape is multiplied best with the same config: log 2, twice the rows or columns.
+_ALIKE = 0.7
 # Seconds that starting the shortest kernel takes on a GPU, part of every time that is carried to another shape.
 _LAUNCH = {"cuda": 2e-6}
 # How far another 16-bit dtype is, on the scale of log(N) and log(K).
@@ -127,8 +129,9 @@ class Clock:
             weight = 1 / (away * away + 0.01)
             share += weight * math.log(self._at(spec, entries, shape, m).seconds / self._expected(spec, shape, m))
             total += weight
-        nearest = self._at(spec, near[0][2], near[0][1], m)
-        return Entry(self._expected(spec, self.shape, m) * math.exp(share / total), nearest.config)
+        # How a matrix is best cut depends on its size: far from what was measured the kernel knows better itself.
+        config = self._at(spec, near[0][2], near[0][1], m).config if near[0][0] < _ALIKE else None
+        return Entry(self._expected(spec, self.shape, m) * math.exp(share / total), config)
 
 
 def ordered(

@@ -260,6 +260,31 @@ def test_a_step_that_cannot_be_had(make, kind, sampling, monkeypatch, caplog):
     assert len([record for record in caplog.records if "asks the host" in record.getMessage()]) == 1
 
 
+def test_a_model_that_fails_on_a_static_cache(make, monkeypatch):
+    model = make("llama")
+    mlp = model.model.layers[1].mlp
+    plain_forward = type(mlp).forward
+
+    class Fussy(type(mlp)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert isinstance(cache[0], DynamicCache), "another cache"
+            return plain_forward(self, x)
+
+    mlp.__class__ = Fussy
+    cache: list[Any] = [None]
+    forward = type(model.model).forward
+
+    class Watching(type(model.model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            cache[0] = kwargs["past_key_values"]
+            return forward(self, *args, **kwargs)
+
+    model.model.__class__ = Watching
+    plain, fast = both(model, prompt(2))
+    assert torch.equal(plain, fast)
+    assert "another cache" in _decoders[model].unable
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_step_that_cannot_grow(make, greedy, monkeypatch):
     monkeypatch.setattr(decoder_module, "_ROUND", 16)

@@ -97,6 +97,13 @@ def test_neighbours_in_size_tell_the_time(offer):
     assert one.source == "interpolated" and 4e-6 < one.seconds < 6e-6
 
 
+@pytest.mark.parametrize(("shape", "config"), [((96, 64), "wide"), ((480, 640), None)])
+def test_neighbours_lend_their_config_if_they_are_near(offer, shape, config):
+    offer(a={})
+    tabled({"a:1": {1: (1, "wide")}}, {"wide": {"columns": 8}}, shape=shape)
+    assert dispatch.choose(*affine(), torch.float32).times[1][0].config_name == config
+
+
 def test_a_guess_orders_what_nobody_measured(offer):
     offer(a={"cost": SLOW, "rank": 50}, b={"cost": FAST, "rank": 1})
     choice = dispatch.choose(*affine(), torch.float32)

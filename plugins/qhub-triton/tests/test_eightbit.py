@@ -14,7 +14,7 @@ from qhub.layouts import Activation, Affine, Float8, Grid
 
 pytest.importorskip("triton")
 
-from qhub_triton.eightbit import accepting, choosing, offers
+from qhub_triton.eightbit import accepting, choosing, library, offers
 from qhub_triton.eightbit.launching import Row, Tile
 from qhub_triton.eightbit.linear import bind, linear
 
@@ -236,6 +236,60 @@ def test_the_choices_fit_the_layout():
             assert isinstance(chosen, Row) and m == 1
         for config in choosing.tunables(Problem(layout, "cpu", torch.float16), parts, m).values():
             assert choosing.fitted(choosing.choice_of(config), setting, m) == choosing.choice_of(config)
+
+
+def scaled_mm(codes, weight, rows, own, bias=None, out_dtype=None, use_fast_accum=None):
+    """Multiply as cuBLAS does, and insist on the order of scales in memory that it documents."""
+    (m, k), n = codes.shape, weight.shape[1]
+    assert weight.stride() == (1, k) and codes.is_contiguous()
+    if rows.shape != (m, 1):
+        assert rows.shape == (m, k // 128) and rows.stride() == (1, m) and k % 512 == 0 and m % 4 == 0
+        assert own.shape == (k // 128, -(-n // 128)) and own.stride() == (1, k // 128) and not use_fast_accum
+        rows = rows.repeat_interleave(128, 1)
+        own = own.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :n]
+    else:
+        assert own.shape == (1, n) and own.is_contiguous()
+    y = (codes.float() * rows) @ (weight.float() * own)
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "rows", "cols", "n", "k"),
+    [
+        (FLOATS["row"], 1, 96, 48, 96),
+        (FLOATS["tensor"], 48, 96, 48, 96),
+        (FLOATS["static"], 20, 96, 48, 96),
+        (Activation(kind="float8", granularity="group", group=128), 128, 128, 144, 512),
+    ],
+    ids=["row", "tensor", "static", "blocks"],
+)
+def test_what_cublas_is_given(monkeypatch, activation, rows, cols, n, k, biased):
+    layout, parts = float_weight(activation, rows, cols, n, k)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(library, "_tried", {})
+    assert library.takes(layout, parts, torch.float16)
+    run = library.LibraryProduct(layout, parts, library.Library())
+    run.index = -1
+    x = inputs(5, k)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).half() if biased else None
+    expected = reference.linear(x, layout, parts, bias).double()
+    assert float((run(x, bias).double() - expected).norm() / expected.norm()) < TOLERANCE
+
+
+def test_cublas_is_not_asked_for_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(library, "_tried", {})
+    group = Activation(kind="float8", granularity="group", group=128)
+    for activation, rows, cols, n, k in (
+        (FLOATS["row"], 1, 96, 40, 96),
+        (FLOATS["row"], 1, 90, 48, 90),
+        (FLOATS["row"], 128, 128, 128, 512),
+        (group, 1, 128, 128, 512),
+        (group, 128, 128, 128, 384),
+        (FLOATS["group"], 32, 32, 64, 512),
+    ):
+        assert not library.takes(*float_weight(activation, rows, cols, n, k), torch.float16)
 
 
 def test_the_offers_name_functions_that_exist():

@@ -36,10 +36,8 @@ def tiny(kind):
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).to(DEVICE).eval()
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-def test_models(kind, monkeypatch):
-    monkeypatch.setattr(QuantizedTensor, "is_cuda", True)
-    model = tiny(kind)
+def quantized(model):
+    """Quantize the experts of ``model`` and return their module."""
     (module,) = [m for m in model.modules() if hasattr(m, "gate_up_proj") and getattr(m, "down_proj", None) is not None]
     for name in ("gate_up_proj", "down_proj"):
         dense = getattr(module, name).detach()
@@ -53,6 +51,14 @@ def test_models(kind, monkeypatch):
         setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
         if module.has_bias:
             getattr(module, f"{name}_bias").data.normal_(0, 0.1)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_models(kind, monkeypatch):
+    monkeypatch.setattr(QuantizedTensor, "is_cuda", True)
+    model = tiny(kind)
+    module = quantized(model)
     ids = torch.arange(24, device=DEVICE).view(2, 12) % 50
     experts.register()
     experts.register()
@@ -81,3 +87,25 @@ def test_says_why_it_loops(caplog):
             assert torch.equal(model(ids).logits, wanted)
     assert sum("no quantized weight of several experts" in record.message for record in caplog.records) <= 1
     assert any("no quantized weight of several experts" in said for said in experts._said)
+
+
+def test_a_wrong_product_is_not_used(monkeypatch):
+    from qhub_triton.grouped import admission
+    from qhub_triton.grouped.product import Product
+
+    monkeypatch.setattr(admission, "_found", {})
+    monkeypatch.setattr(experts, "_said", set())
+    monkeypatch.setattr(QuantizedTensor, "is_cuda", True)
+    model = tiny("Mixtral")
+    module = quantized(model)
+    right = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda self, *a, **k: right(self, *a, **k) * 1.5)
+    experts.register()
+    ids = torch.arange(12, device=DEVICE).view(1, 12)
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        wanted = model(ids).logits
+        model.set_experts_implementation("qhub")
+        assert torch.equal(model(ids).logits, wanted)
+    (said,) = experts._said
+    assert type(module).__name__ in said and "differs" in said

@@ -268,9 +268,11 @@ def bits_per_weight(model: Any) -> tuple[float, int, int]:
     packed = count = total = 0
     for parameter in model.parameters():
         if isinstance(parameter, QuantizedTensor):
-            packed += parameter.nbytes
+            # As files hold them: an order of codes for a kernel may have room for rows that are not there.
+            held = parameter.in_plain_order().nbytes
+            packed += held
             count += parameter.numel()
-            total += parameter.nbytes
+            total += held
         else:
             total += parameter.numel() * parameter.element_size()
     return (8 * packed / count if count else 0.0), count, total

@@ -143,4 +143,4 @@ class Few:
     def _tables(self) -> tuple[int, int, int, int, bool]:
         """Return rows at a time, turns and warps of a tabulating program, turns that codes are read ahead, and whether
         both tables lie in shared memory."""
-        return 256, 1, 8, 1, True
+        return 256, 1, 16, 1, False

@@ -138,7 +138,8 @@ class Product:
         self.inputs = Turning(found.inputs, self.k, parts, self.index, narrow=True, wide=self.wide)
         self.outputs = Turning(found.outputs, self.n, parts, self.index, narrow=False, wide=self.wide)
         self.config = config
-        usual = self.index >= 0 and native(self.device) and config.get("native", True)
+        self.native = self.index >= 0 and native(self.device)
+        usual = self.native and config.get("native", True)
         self.few: Few | None = _few(layout, parts, config) if usual else None
         self.launches: dict[Any, Launch] = {}
 
@@ -186,7 +187,7 @@ class Product:
         """Return x (M, K) float16 times the stored matrix, (1, M, N) float32."""
         weight = torch.empty(self.n, self.k, dtype=torch.float16, device=x.device)
         self.expansion(weight, scaled=False)
-        if x.is_cuda:
+        if self.native:
             return torch.mm(x, weight.t(), out_dtype=torch.float32).unsqueeze(0)
         return torch.mm(x.float(), weight.float().t()).unsqueeze(0)
 

@@ -1,1 +1,1 @@
-"""The kernels of this area."""
+"""Dense weights of quantized ones, written in one pass, and the products of thousands of rows through them."""

@@ -107,6 +107,7 @@ def _prepared(
         "OUT": TYPES[out.dtype],
     }
     layout = plan.layout
+    numbers: tuple[int | float, ...]
     if isinstance(layout, Tiled):
         height = min(ROWS, _SLICES // triton.next_power_of_2(layout.per_word))
         width = layout.per_word * SLICE

@@ -19,19 +19,20 @@ def _code():
     """Return the instructions: $0 to $3 the numbers at places 0 to 3 of the two words $4, $5 to $20 the table's bytes,
     each word of them twice."""
     lower, upper = ("$5", "$7", "$9", "$11"), ("$13", "$15", "$17", "$19")
-    code = "{ .reg .b32 a, b, m, h, p, q, l, g; "
-    for even in (True, False):
+    code = "{ .reg .b32 a, b, m, h, p, q, l0, h0, l1, h1; "
+    for odd in (0, 1):
         # Codes of the first and the second word side by side: places 0 and 2, then 1 and 3.
-        if even:
-            code += "shr.b32 b, $4, 12; lop3.b32 a, $4, b, 0x0F0F, 0xE4; "
-        else:
+        if odd:
             code += "shr.b32 a, $4, 4; shr.b32 b, $4, 16; lop3.b32 a, a, b, 0x0F0F, 0xE4; "
+        else:
+            code += "shr.b32 b, $4, 12; lop3.b32 a, $4, b, 0x0F0F, 0xE4; "
         code += "and.b32 m, a, 0x7777; shr.b32 h, a, 1; lop3.b32 h, h, 0x4444, 0x3210, 0xEA; "
-        for table, name in ((lower, "l"), (upper, "g")):
+        for table, name in ((lower, "l"), (upper, "h")):
             code += f"prmt.b32 p, {table[0]}, {table[1]}, m; prmt.b32 q, {table[2]}, {table[3]}, m; "
-            code += f"prmt.b32 {name}, p, q, h; "
-        first, second = ("$0", "$2") if even else ("$1", "$3")
-        code += f"prmt.b32 {first}, l, g, 0x5140; prmt.b32 {second}, l, g, 0x7362; "
+            code += f"prmt.b32 {name}{odd}, p, q, h; "
+    # Last, so that no result may take the place of something that is still to be read.
+    for place in range(4):
+        code += f"prmt.b32 ${place}, l{place % 2}, h{place % 2}, {'0x7362' if place > 1 else '0x5140'}; "
     return code + "}"
 
 

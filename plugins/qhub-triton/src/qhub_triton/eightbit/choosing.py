@@ -112,10 +112,10 @@ def _many(setting: Setting, m: int, tiles: int) -> Choice:
 
 def _scaled(setting: Setting, m: int, tiles: int) -> Choice:
     """Return how to multiply where scales change along K."""
-    if setting.library and m > 32:
+    if setting.library and (m > 32 or (m > 1 and tiles > setting.processors)):
         return Library()
     if m <= 16:
-        return _few(64, 16, 128, _split(setting, tiles, 128, 0.75), 7)
+        return _few(64, 16, 128, _split(setting, tiles, 128, 1.9), 7)
     if m <= 128:
         return _few(64, min(64, max(32, m)), 128, 1, 6)
     return Tile(64, 128, 128, 1, 3, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ __all__ = ["Library", "LibraryProduct", "takes"]
 # cuBLAS's blocks: 128 inputs of a row, 128 x 128 weights; the scales of a row of blocks 16 bytes apart.
 _BLOCK, _BLOCKS = 128, 4
 
-_tried: dict[tuple[torch.device, torch.dtype, bool], bool] = {}
+_tried: dict[tuple[torch.device, torch.dtype, bool, bool], bool] = {}
 
 
 class Library(NamedTuple):
@@ -40,30 +39,30 @@ def takes(layout: Layout, parts: Parts, dtype: torch.dtype) -> bool:
         # A narrower input would need its scales spread out.
         if cut != (_BLOCK,) * 3 or layout.in_features % (_BLOCK * _BLOCKS) or parts["scales"].dtype != torch.float32:
             return False
-    device = parts["qweight"].device
-    key = (device, dtype, blocks)
+    return _tries(parts["qweight"].device, dtype, blocks, False)
+
+
+def _tries(device: torch.device, dtype: torch.dtype, blocks: bool, biased: bool) -> bool:
+    """Return whether this version of torch and this GPU multiply a small example; they refuse before they compute."""
+    key = (device, dtype, blocks, biased)
     if key not in _tried:
-        _tried[key] = _try(device, dtype, blocks)
+        _tried[key] = _refusal(*key) is None
     return _tried[key]
 
 
-def _try(device: torch.device, dtype: torch.dtype, blocks: bool) -> bool:
-    """Return whether this version of torch and this GPU multiply a small example; they refuse before they compute."""
+def _refusal(device: torch.device, dtype: torch.dtype, blocks: bool, biased: bool) -> str | None:
+    """Return what torch says to the example; None where it multiplies."""
     k = _BLOCK * _BLOCKS
     codes = torch.zeros(16, k, dtype=torch.float8_e4m3fn, device=device)
     weight = torch.zeros(_BLOCK, k, dtype=torch.float8_e4m3fn, device=device)
     rows = torch.ones(_BLOCKS, 16, device=device).t() if blocks else torch.ones(16, 1, device=device)
     own = torch.ones(1, _BLOCKS, device=device).t() if blocks else torch.ones(1, _BLOCK, device=device)
+    bias = torch.zeros(_BLOCK, dtype=dtype, device=device) if biased else None
     try:
-        torch._scaled_mm(codes, weight.t(), rows, own, out_dtype=dtype)
+        torch._scaled_mm(codes, weight.t(), rows, own, bias=bias, out_dtype=dtype)
     except (RuntimeError, ValueError) as error:
-        warnings.warn(
-            f"cuBLAS does not multiply float8 {'in blocks' if blocks else 'by rows'} to {dtype} here "
-            f"({str(error).splitlines()[0]}): this package's own kernels do",
-            stacklevel=2,
-        )
-        return False
-    return True
+        return str(error)
+    return None
 
 
 class LibraryProduct:
@@ -81,7 +80,7 @@ class LibraryProduct:
         if not self.blocks and self.own.dtype == torch.float32 and self.own.numel() == self.n:
             self.row = self.own.view(1, self.n)
         self.stored = parts["input_scale"] if self.scheme.scale == 1 else None
-        self.rounder = Rounder(self.scheme, self.k, each=32)
+        self.rounder = Rounder(self.scheme, self.k, each=32, row=8192)
 
     def _spread(self) -> Tensor:
         """Return the weight's scales (1, N), made from those of a tensor or of rows of blocks."""
@@ -91,12 +90,18 @@ class LibraryProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return (M, N) in x's dtype."""
-        m = x.shape[0]
-        codes = torch.empty(m, self.k, dtype=CODES[self.scheme.kind], device=x.device)
-        shape = (self.k // _BLOCK, m) if self.blocks else (m, 1)
+        m = rows = x.shape[0]
+        if self.blocks:
+            # The scales of a column of blocks must begin at a multiple of 16 bytes. Rows nobody wrote harm no others.
+            rows = -(-m // _BLOCKS) * _BLOCKS
+        codes = torch.empty(rows, self.k, dtype=CODES[self.scheme.kind], device=x.device)
+        shape = (self.k // _BLOCK, rows) if self.blocks else (rows, 1)
         steps = torch.empty(shape, dtype=torch.float32, device=x.device)
-        self.rounder(x, self.stored, codes, steps, steps, 0, self.index)
-        return torch._scaled_mm(
+        self.rounder(x, self.stored, codes, steps, steps, 0, self.index, padded=rows)
+        inside = bias is not None and _tries(x.device, x.dtype, self.blocks, True)
+        y = torch._scaled_mm(
             codes, self.weight, steps.t() if self.blocks else steps, self._spread() if self.row is None else self.row,
-            bias=bias, out_dtype=x.dtype, use_fast_accum=self.fast,
+            bias=bias if inside else None, out_dtype=x.dtype, use_fast_accum=self.fast,
         )  # fmt: skip
+        y = y if rows == m else y[:m].clone()
+        return y if bias is None or inside else y + bias

@@ -27,8 +27,8 @@ def offers() -> list[KernelSpec]:
             tunables="qhub_triton.eightbit.choosing:tunables",
             probes=(1, 3, 70, 300),
             packages=("triton",),
-            cost=Cost(bandwidth=0.9, rate=0.6, unit="byte", tile=16, launch=5e-6),
+            cost=Cost(bandwidth=0.95, rate=rate, unit="byte", tile=16, launch=4e-6),
             rank=30,
         )
-        for name, layout in (("float8", "float8"), ("int8", "affine"))
+        for name, layout, rate in (("float8", "float8", 0.65), ("int8", "affine", 0.5))
     ]

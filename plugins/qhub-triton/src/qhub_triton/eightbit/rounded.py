@@ -15,20 +15,20 @@ from qhub_triton.launch import Launch
 
 __all__ = ["Rounder"]
 
-# The longest row that a program holds at once.
-_ROW = 32768
-
 
 class Rounder:
     """Rounds inputs (M, ``k``) as ``scheme`` says; on a GPU, without waiting.
 
     ``pdl``: the kernel after it is launched before it ends, and waits itself. ``chain``: its own first kernel is
-    launched so, after whatever came before. ``each``: numbers of a row to a thread.
+    launched so, after whatever came before. ``each``: numbers of a row to a thread. ``row``: the longest row that a
+    program holds at once; it reads longer ones twice.
     """
 
-    def __init__(self, scheme: Scheme, k: int, pdl: bool = False, chain: bool = False, each: int = 16) -> None:
+    def __init__(
+        self, scheme: Scheme, k: int, pdl: bool = False, chain: bool = False, each: int = 16, row: int = 16384
+    ) -> None:
         self.scheme, self.k = scheme, k
-        block = min(triton.next_power_of_2(k), _ROW)
+        block = min(triton.next_power_of_2(k), row)
         self.chain = chain
         self.measure = Launch(measure_rows, {"BLOCK": min(block, 4096), "CHAIN": chain}, _options(4, chain))
         if scheme.group:
@@ -75,15 +75,17 @@ class Rounder:
         count: int,
         device: int,
         outliers: tuple[Tensor, Tensor, Tensor] | None = None,
+        padded: int = 0,
     ) -> None:
         """Round ``x`` (M, k), contiguous, into ``codes`` and ``steps``, and write ``count`` zeros to ``counters``.
 
         ``stored``: the scale, where it is given; ``outliers``: ``flags``, ``columns`` and their number, written too.
+        ``padded``: between the steps of two groups, if not M.
         Tensors, or once :meth:`warm` their addresses.
         """
         m, k = x.shape
         if self.scheme.group:
-            self.round((m, -(-self.groups // self.count), 1), device, x, codes, steps, counters, m, k, count)
+            self.round((m, -(-self.groups // self.count), 1), device, x, codes, steps, counters, padded or m, k, count)
             return
         launch = self.round if m > 1 else self.single
         maxima: Tensor | int = steps

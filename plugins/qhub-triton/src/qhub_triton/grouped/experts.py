@@ -19,6 +19,7 @@ from qhub.decoding.operations import ACTIVATIONS
 from qhub.layouts import Layout, Parts
 from qhub.tensor import QuantizedTensor
 from qhub_triton.decoding.gating import gate
+from qhub_triton.grouped.admission import disagreement
 from qhub_triton.grouped.combining import combined
 from qhub_triton.grouped.product import Product, block_of, refusal
 from qhub_triton.grouped.routing import Routes, routed
@@ -67,20 +68,23 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if reason is None and hidden_states.device != self.down_proj.device:
         reason = f"its inputs are on {hidden_states.device}, its weights on {self.down_proj.device}"
     if reason is not None:
-        _say(f"{type(self).__name__} loops over its experts: {reason}")
-        return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+        return _looped(self, reason, hidden_states, top_k_index, top_k_weights)
     tokens, top = top_k_index.shape
-    if tokens == 0:
-        return torch.zeros_like(hidden_states)
     gated = self.has_gate
-    first = self.gate_up_proj if gated else self.up_proj
-    second = self.down_proj
-    biased = bool(self.has_bias)
-    first_bias = (self.gate_up_proj_bias if gated else self.up_proj_bias) if biased else None
-    second_bias = self.down_proj_bias if biased else None
+    first_bias = second_bias = None
+    if self.has_bias:
+        first_bias = self.gate_up_proj_bias if gated else self.up_proj_bias
+        second_bias = self.down_proj_bias
     tracked = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_states, top_k_weights, first_bias, second_bias)
     )
+    if tokens == 0:
+        return torch.zeros_like(hidden_states)
+    reason = _disagreement(self, hidden_states.dtype, tokens, top, tracked)
+    if reason is not None:
+        return _looped(self, reason, hidden_states, top_k_index, top_k_weights)
+    first = self.gate_up_proj if gated else self.up_proj
+    second = self.down_proj
     if tracked:
         return _tracked(self, hidden_states, top_k_index, top_k_weights, (first, second), (first_bias, second_bias))
     routes = _routes(top_k_index, first.shape[0])
@@ -100,11 +104,31 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _routes(top_k_index: Tensor, experts: int) -> Routes:
     tokens, top = top_k_index.shape
     ids = top_k_index.reshape(-1).contiguous()
-    if tokens == 1 or 4 * tokens * top <= experts:
-        # A token's experts differ, and few tokens on many experts seldom share one: sorting would take longer than it
-        # takes to read a shared expert again.
+    if _unsorted(tokens, top, experts):
         return Routes(ids, ids, ids, ids, ids, tokens * top, 1, True)
     return routed(ids, experts, block_of(tokens * top, experts))
+
+
+def _disagreement(module: Any, dtype: torch.dtype, tokens: int, top: int, tracked: bool) -> str | None:
+    """Return how products of so many pairs differ from dense ones; tried once for each layout and way of cutting."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    single = not tracked and _unsorted(tokens, top, first.shape[0])
+    block = 1 if single else block_of(tokens * top, first.shape[0])
+    for weight, per in ((first, 0 if tracked else top), (module.down_proj, 0)):
+        dtype = weight.compute_dtype or dtype
+        reason = disagreement(_product(weight, dtype), weight.parts, block, single, per)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _unsorted(tokens: int, top: int, experts: int) -> bool:
+    """Return whether each pair is best a tile of its own.
+
+    A token's experts differ, and few tokens on many experts seldom share one: sorting would take longer than it takes
+    to read a shared expert again.
+    """
+    return tokens == 1 or 4 * tokens * top <= experts
 
 
 def _product(weight: QuantizedTensor, dtype: torch.dtype) -> Product:
@@ -133,10 +157,13 @@ def _activation(module: Any) -> str | None:
     return _activations[module]
 
 
-def _say(message: str) -> None:
+def _looped(module: Any, reason: str, *inputs: Tensor) -> Tensor:
+    """Run the module's own loop over its experts, and say why, once."""
+    message = f"{type(module).__name__} loops over its experts: {reason}"
     if message not in _said:
         _said.add(message)
         _log.warning(message)
+    return type(module).forward.__wrapped__(module, *inputs)  # type: ignore[attr-defined]
 
 
 # -- with gradients ----------------------------------------------------------------------------------------------------
