@@ -1,11 +1,6 @@
-"""Runs the kernels in triton's interpreter where there is no GPU; set before triton is imported."""
+"""Runs the kernels in triton's interpreter where there is no GPU (the repository's own conftest asks for it first)."""
 
 import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _with_masks_of_bits() -> None:
