@@ -73,6 +73,25 @@ def _inputs(x, m0, k, M, K, stride_xm, WARPS: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def _halves(row, TALL: tl.constexpr):
+    """Return the first and the second 16 of 32 rows; all 16, twice."""
+    if TALL == 1:
+        return row, row
+    else:
+        return tl.split(row.reshape(2, 16).trans(1, 0))
+
+
+@triton.jit
+def _whole(upper, lower):
+    """Return (WARPS, 32) from two halves (WARPS, 16).
+
+    Read in halves, scales are so few that each thread reads those it needs; whole, they would be read once and handed
+    round through shared memory, with a barrier at every turn.
+    """
+    return tl.join(upper, lower).permute(0, 2, 1).reshape(upper.shape[0], 32)
+
+
+@triton.jit
 def _turn(
     acc, pieces, x, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row, warp, base, m0,
     M, K, GROUPS, stride_xm,
@@ -114,14 +133,22 @@ def _turn(
                 d += 16.0 * e
             group = (block * P + run * RUN) * 32 // GROUP
             known = (group < GROUPS)[:, None]
-            scale = group_scales(scales, supers, super_table, super_offset, row, group, GROUPS, known, NESTED)
+            upper, lower = _halves(row, TALL)
+            scale = group_scales(scales, supers, super_table, super_offset, upper, group, GROUPS, known, NESTED)
+            if TALL == 2:
+                below = group_scales(scales, supers, super_table, super_offset, lower, group, GROUPS, known, NESTED)
+                scale = _whole(scale, below)
             scale = scale[:, :, None]
             if KIND != INTEGER:
                 acc += scale * d
             elif ZERO == 0:
                 acc += scale * (d - (OFFSET + ZERO_POINT) * sums)
             else:
-                zero = group_zeros(zeros, zero_supers, row, group, GROUPS, known, ZERO_NESTED)[:, :, None]
+                zero = group_zeros(zeros, zero_supers, upper, group, GROUPS, known, ZERO_NESTED)
+                if TALL == 2:
+                    below = group_zeros(zeros, zero_supers, lower, group, GROUPS, known, ZERO_NESTED)
+                    zero = _whole(zero, below)
+                zero = zero[:, :, None]
                 if ZERO == 1:
                     acc += scale * (d - (OFFSET + zero) * sums)
                 else:
