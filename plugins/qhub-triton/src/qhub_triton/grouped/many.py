@@ -5,27 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.dense.registers import looked_up, table_bytes
-from qhub_triton.grouped.few import rows_of, scales_of
-from qhub_triton.tiled.decode import INTEGER, TABLE, numbers, offset_of
-from qhub_triton.tiled.groups import group_zeros, run_of
+from qhub_triton.grouped.few import rows_of
+from qhub_triton.tiled.groups import run_of
+from qhub_triton.tiled.operands import factors, operand
+from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["grouped_many"]
-
-
-@triton.jit
-def _less(v, zero, HAS_ZERO: tl.constexpr, WHOLE: tl.constexpr, OFFSET: tl.constexpr):
-    """Return the numbers ``v`` (BLOCK_N, 32) of codes less their zeros (BLOCK_N,)."""
-    if not HAS_ZERO:
-        if OFFSET == 0:
-            return v
-        else:
-            return v - OFFSET
-    elif WHOLE:
-        # Whole numbers of that size have no rounding in 16 bits.
-        return v - (OFFSET + zero).to(v.dtype)[:, None]
-    else:
-        return ((v.to(tl.float32) - OFFSET) - zero[:, None]).to(v.dtype)
 
 
 @triton.jit
@@ -34,7 +19,7 @@ def grouped_many(
     order, experts, starts, ends,
     E, N, K, BLOCKS, GROUPS, stride_xm, stride_words, stride_groups, stride_supers, stride_zero_supers,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
-    UNIT: tl.constexpr, NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, POWERS: tl.constexpr,
+    UNIT: tl.constexpr, NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr, NATIVE: tl.constexpr, PER: tl.constexpr, SINGLE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -44,13 +29,9 @@ def grouped_many(
     groups. Other constants as in :func:`qhub_triton.tiled.many.many` and :func:`qhub_triton.grouped.few.grouped_few`.
     """
     P: tl.constexpr = 16 // BITS
-    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
     RUN: tl.constexpr = run_of(P, GROUP)
-    HAS_ZERO: tl.constexpr = ZERO == 1 or ZERO == 2
+    EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
-    PICKED: tl.constexpr = NATIVE and KIND == TABLE and BITS == 4
-    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)
-    CENTRE: tl.constexpr = (ZERO_POINT if ZERO == 0 else 0) + (0 if WIDE else OFFSET)
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, BLOCK_M)
     if expert >= 0:
         whose = expert.to(tl.int64)
@@ -68,41 +49,25 @@ def grouped_many(
         pointer = words + (held.to(tl.int64) * BLOCKS)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
         from_rows = x + (source * stride_xm)[None, :] + p[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        if PICKED:
-            table_of = table_bytes(table, DTYPE)
+        kept = entries(table, KIND, BITS, NATIVE)
         for block in tl.range(0, BLOCKS, num_stages=STAGES):
             codes = tl.load(pointer)
-            if PICKED:
-                picked = looked_up(codes, table_of, DTYPE)
+            picked = ()
+            if in_registers(KIND, BITS, NATIVE):
+                picked = looked_up(codes, kept, DTYPE)
+            now = factors(
+                scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP,
+                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+            )  # fmt: skip
             for run in tl.static_range(P // RUN):
-                d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                at = (block * P + run * RUN) * 32 // GROUP + tl.zeros((1,), tl.int32)
-                known = (at < GROUPS)[:, None] & (row < N)[None, :]
-                scale = scales_of(
-                    scales, supers, super_table, super_offset, row, at, GROUPS, known, NESTED, POWERS
-                )  # fmt: skip
-                scale = tl.reshape(scale, (BLOCK_N,))
-                zero = scale
-                if HAS_ZERO:
-                    zero = tl.reshape(group_zeros(zeros, zero_supers, row, at, GROUPS, known, ZERO_NESTED), (BLOCK_N,))
-                    if ZERO == 2:
-                        # w = scale * (q - zero_point) + offset, as scale * (q - (zero_point - offset / scale)).
-                        zero = ZERO_POINT - zero / tl.where(scale == 0.0, 1.0, scale)
+                scale = now[run * EACH]
+                zero = now[run * EACH + EACH - 1]
+                if not EARLY:
+                    d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 for place in tl.static_range(run * RUN, run * RUN + RUN):
                     k = (block * P + place) * 32
                     xv = tl.load(from_rows + place * 32, mask=valid[None, :] & (k + p < K)[:, None], other=0.0)
-                    if WIDE:
-                        low = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0) - OFFSET
-                        high = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1) - OFFSET
-                        v = _less(high * 16.0 + low, zero, HAS_ZERO, WHOLE, CENTRE)
-                    elif KIND == INTEGER:
-                        v = _less(
-                            numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, HAS_ZERO, WHOLE, CENTRE
-                        )
-                    elif PICKED:
-                        v = picked[place]
-                    else:
-                        v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
+                    v = operand(codes, picked, table, zero, place, BITS, KIND, DTYPE, NATIVE, ZERO, ZERO_POINT, WHOLE)
                     if EARLY:
                         acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
                     else:

@@ -8,14 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from qhub.layouts import Float8, Lookup, Nested, Parts
+from qhub.layouts import Float8, Lookup, Parts
 from qhub.layouts.base import Layout
 from qhub.layouts.tiled import Tiled
 from qhub_triton.grouped.few import grouped_few
 from qhub_triton.grouped.many import grouped_many
 from qhub_triton.grouped.routing import Routes
 from qhub_triton.launch import Launch, native
-from qhub_triton.tiled import decode
+from qhub_triton.tiled.arguments import constants_of, tensors_of, whole_zeros
 
 __all__ = ["Product", "block_of", "refusal"]
 
@@ -65,17 +65,12 @@ class Product:
         self.device = words.device
         self.index = -1 if self.device.type != "cuda" else self.device.index or 0
         self.native = native(self.device)
-        scales = parts["scales"]
-        if scales.dtype == torch.float8_e8m0fnu:
-            scales = scales.view(torch.uint8)
-        names = ("zeros", "table", "scales_super", "scales_table", "scales_offset", "zeros_super")
-        own = {name: parts[name].contiguous() for name in names if name in parts}
-        self.tensors = (words.contiguous(), scales.contiguous(), *(own.get(name, words) for name in names))
+        own = {name: part.contiguous() for name, part in parts.items()}
+        self.tensors = tensors_of(layout, own, dtype)
         size = {name: own[name][0].numel() if name in own else 0 for name in ("scales_super", "zeros_super")}
-        self.strides = (words[0].numel(), scales[0].numel(), size["scales_super"], size["zeros_super"])
-        self.constants = _constants(layout, parts)
-        # Zeros that are whole numbers
-        self.whole = self.constants["ZERO"] != 2 and "zeros" in parts and not parts["zeros"].is_floating_point()
+        self.strides = (words[0].numel(), own["scales"][0].numel(), size["scales_super"], size["zeros_super"])
+        self.constants = constants_of(layout, parts)
+        self.whole = whole_zeros(layout, parts)
         self.launches: dict[Any, tuple[Launch, int]] = {}
 
     def __call__(self, x: Tensor, routes: Routes, per: int, bias: Tensor | None = None) -> Tensor:
@@ -119,29 +114,3 @@ class Product:
         constants |= {"WHOLE": self.whole, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
         constants["EARLY"] = routes.block == 128
         return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n
-
-
-def _constants(layout: Tiled, parts: Parts) -> dict[str, Any]:
-    """Return the compile-time values that the layout decides."""
-    of: Any = layout.of
-    kind = decode.INTEGER
-    if isinstance(of, Float8):
-        kind = {"e4m3fn": decode.E4M3, "e5m2": decode.E5M2}[of.format]
-    elif "table" in parts:
-        kind = decode.TABLE
-    group = layout.group_size if layout.groups > 1 else layout.blocks * layout.per_word * 32
-    return {
-        "BITS": layout.bits,
-        "KIND": kind.value,
-        "GROUP": group,
-        "ZERO": {"constant": 0, "value": 1, "offset": 2}[getattr(of, "zero", "constant")],
-        "ZERO_POINT": float(getattr(of, "zero_point", 0.0)) + (128.0 if getattr(of, "signed", False) else 0.0),
-        "UNIT": float(getattr(of, "unit", 1.0)),
-        "NESTED": _nested(layout.scale_tensors().get("scales")),
-        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros")),
-        "POWERS": parts["scales"].dtype == torch.float8_e8m0fnu,
-    }
-
-
-def _nested(nested: Nested | None) -> tuple[int, bool, bool, bool] | None:
-    return None if nested is None else (nested.group, nested.table, nested.offset, nested.divide)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "entries", "in_registers", "numbers", "offset_of", "ones"]
+__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "numbers", "offset_of", "ones"]
 
 INTEGER: tl.constexpr = tl.constexpr(0)
 TABLE: tl.constexpr = tl.constexpr(1)
@@ -59,25 +59,6 @@ def _float8(place, half, exponent):
         f"{{ .reg .b32 s, t, u; {left} shr.b32 t, s, {right}; and.b32 t, t, {magnitude << 16 | magnitude:#x};"
         f" lop3.b32 u, s, 0x80008000, t, 0xEA; mov.b32 t, {scale << 16 | scale:#x}; mul.rn.{kind} $0, u, t; }}"
     )
-
-
-@triton.constexpr_function
-def in_registers(kind, bits, native):
-    """Return whether codes are looked up in registers (:mod:`qhub_triton.dense.registers`), not by :func:`numbers`."""
-    return native and kind == 1 and bits == 4
-
-
-@triton.jit
-def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Return the bytes of a table for :func:`qhub_triton.dense.registers.looked_up`; read once, before any loop.
-
-    ``table``: 8 int32 as :func:`qhub_triton.tiled.linear.bytes_of` makes them.
-    """
-    read = ()
-    if in_registers(KIND, BITS, NATIVE):
-        for i in tl.static_range(8):
-            read = read + (tl.load(table + i),)
-    return read
 
 
 @triton.jit

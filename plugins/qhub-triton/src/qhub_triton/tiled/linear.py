@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qhub.layouts import Float8, Layout, Nested, Parts
+from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
 from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
-from qhub_triton.tiled import decode
+from qhub_triton.tiled.arguments import constants_of, tensors_of, whole_zeros
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
@@ -62,8 +62,8 @@ class Product:
             self.index = self.device.index or 0
             prepare(self.device)
         self.processors = processors(self.device)
-        self.tensors = _tensors(layout, parts, dtype)
-        self.constants = _constants(layout, parts)
+        self.tensors = tensors_of(layout, parts, dtype)
+        self.constants = constants_of(layout, parts)
         self.overlaps = self.index >= 0 and overlaps(self.device)
         self.launches: dict[tuple[int, bool, bool, bool], tuple[Few | Many, Launch]] = {}
 
@@ -114,7 +114,7 @@ class Product:
             }  # fmt: skip
             return chosen, Launch(few, constants, {**options, "num_stages": 1})
         constants |= {
-            "WHOLE": self.layout.of.__dict__.get("zero") != "offset" and _whole(self.parts), "SPLIT": chosen.split,
+            "WHOLE": whole_zeros(self.layout, self.parts), "SPLIT": chosen.split,
             "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m, "EARLY": chosen.early,
         }  # fmt: skip
         return chosen, Launch(many, constants, options)
@@ -127,52 +127,3 @@ class Product:
         shares = torch.empty(size, dtype=torch.float32, device=self.device)
         stream = stream_of(self.index) if self.index >= 0 else 0
         return shares, counters(self.device, stream)
-
-
-def _whole(parts: Parts) -> bool:
-    return "zeros" in parts and not parts["zeros"].is_floating_point()
-
-
-def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``table`` (16,) float32 in 16 bits of ``dtype``, as 8 int32: four low bytes each, then four high bytes."""
-    apart = table.to(dtype).view(torch.uint8).reshape(4, 4, 2)
-    return torch.cat([apart[..., 0], apart[..., 1]]).contiguous().view(torch.int32).reshape(8)
-
-
-def _tensors(layout: Tiled, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return words, scales, zeros, table, second-level scales and their table and offset, second-level zeros."""
-    none = parts["qweight"]
-    scales = parts["scales"]
-    if scales.dtype == torch.float8_e8m0fnu:
-        scales = scales.view(torch.uint8)
-    table = parts.get("table", none)
-    if table is not none and layout.bits == 4 and native(none.device):
-        table = bytes_of(table, dtype)
-    parts = {**parts, "table": table}
-    names = ("zeros", "table", "scales_super", "scales_table", "scales_offset", "zeros_super")
-    return (parts["qweight"], scales, *(parts.get(name, none) for name in names))
-
-
-def _constants(layout: Tiled, parts: Parts) -> dict[str, Any]:
-    """Return the compile-time values that the layout decides."""
-    of: Any = layout.of
-    kind = decode.INTEGER
-    if isinstance(of, Float8):
-        kind = {"e4m3fn": decode.E4M3, "e5m2": decode.E5M2}[of.format]
-    elif "table" in parts:
-        kind = decode.TABLE
-    zero_point = float(getattr(of, "zero_point", 0.0)) + (128.0 if getattr(of, "signed", False) else 0.0)
-    per_block = layout.per_word * 32
-    group = layout.group_size if layout.groups > 1 else layout.blocks * per_block
-    zero = {"constant": 0, "value": 1, "offset": 2}[getattr(of, "zero", "constant")]
-    return {
-        "BITS": layout.bits, "KIND": kind.value, "GROUP": group, "ZERO": zero, "ZERO_POINT": zero_point,
-        "UNIT": float(getattr(of, "unit", 1.0)), "NESTED": _nested(layout.scale_tensors().get("scales")),
-        "ZERO_NESTED": _nested(layout.scale_tensors().get("zeros")),
-    }  # fmt: skip
-
-
-def _nested(nested: Nested | None) -> tuple[int, bool, bool, bool] | None:
-    if nested is None:
-        return None
-    return nested.group, nested.table, nested.offset, nested.divide

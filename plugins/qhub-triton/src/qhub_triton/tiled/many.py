@@ -11,50 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.dense.registers import looked_up
-from qhub_triton.tiled.decode import INTEGER, entries, in_registers, numbers, offset_of
-from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
+from qhub_triton.tiled.groups import run_of
+from qhub_triton.tiled.operands import factors, operand
+from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["many"]
-
-
-@triton.jit
-def _less(v, zero, HAS_ZERO: tl.constexpr, WHOLE: tl.constexpr, OFFSET: tl.constexpr):
-    """Return the numbers ``v`` (BLOCK_N, 32) less OFFSET, and less ``zero`` (BLOCK_N,) if they have one."""
-    if not HAS_ZERO:
-        if OFFSET == 0:
-            return v
-        else:
-            return v - OFFSET
-    elif WHOLE:
-        # Whole numbers of that size have no rounding in 16 bits.
-        return v - (OFFSET + zero).to(v.dtype)[:, None]
-    else:
-        return ((v.to(tl.float32) - OFFSET) - zero[:, None]).to(v.dtype)
-
-
-@triton.jit
-def _factors(
-    scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS,
-    P: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
-    NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr,
-):  # fmt: skip
-    """Return the scale (BLOCK_N,) float32 of each run of slices of ``block``, each followed by its zero if it has
-    one."""
-    read = ()
-    for run in tl.static_range(P // RUN):
-        at = (block * P + run * RUN) * 32 // GROUP + tl.zeros((1,), tl.int32)
-        known = (at < GROUPS)[:, None] & (row < N)[None, :]
-        scale = group_scales(scales, supers, super_table, super_offset, row, at, GROUPS, known, NESTED)
-        scale = tl.reshape(scale, row.shape)
-        read = read + (scale,)
-        if ZERO == 1 or ZERO == 2:
-            zero = tl.reshape(group_zeros(zeros, zero_supers, row, at, GROUPS, known, ZERO_NESTED), row.shape)
-            if ZERO == 2:
-                # w = scale * (q - zero_point) + offset, as scale * (q - (zero_point - offset / scale)).
-                zero = ZERO_POINT - zero / tl.where(scale == 0.0, 1.0, scale)
-            read = read + (zero,)
-    return read
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -73,12 +34,11 @@ def many(
     dequantized weight is; one accumulator then does for all groups. OVERLAP: see :mod:`qhub_triton.tiled.few`.
     """
     P: tl.constexpr = 16 // BITS
-    WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and x.dtype.element_ty == tl.bfloat16
     RUN: tl.constexpr = run_of(P, GROUP)
     EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)
-    CENTRE: tl.constexpr = (ZERO_POINT if ZERO == 0 else 0) + (0 if WIDE else OFFSET)
+    # Scales that come after the product are read a block ahead: such small reads are worth no place in shared memory.
+    AHEAD: tl.constexpr = not EARLY and EACH == 1
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
@@ -100,72 +60,27 @@ def many(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    # A block ahead: these small reads are not worth a place in shared memory.
-    if not EARLY:
-        now = _factors(
-            scales,
-            zeros,
-            supers,
-            super_table,
-            super_offset,
-            zero_supers,
-            row,
-            first,
-            N,
-            GROUPS,
-            P,
-            RUN,
-            GROUP,
-            ZERO,
-            ZERO_POINT,
-            NESTED,
-            ZERO_NESTED,
-        )
+    if AHEAD:
+        now = factors(
+            scales, zeros, supers, super_table, super_offset, zero_supers, row, first, N, GROUPS, P, RUN, GROUP, ZERO,
+            ZERO_POINT, NESTED, ZERO_NESTED,
+        )  # fmt: skip
     for block in tl.range(first, last, num_stages=STAGES):
         codes = tl.load(pointer)
+        picked = ()
         if in_registers(KIND, BITS, NATIVE):
             picked = looked_up(codes, held, DTYPE)
-        if EARLY:
+        if not AHEAD:
             # Read where they are used: only then are they brought into the order of the operand.
-            now = _factors(
-                scales,
-                zeros,
-                supers,
-                super_table,
-                super_offset,
-                zero_supers,
-                row,
-                block,
-                N,
-                GROUPS,
-                P,
-                RUN,
-                GROUP,
-                ZERO,
-                ZERO_POINT,
-                NESTED,
-                ZERO_NESTED,
-            )
+            now = factors(
+                scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP,
+                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+            )  # fmt: skip
         else:
-            later = _factors(
-                scales,
-                zeros,
-                supers,
-                super_table,
-                super_offset,
-                zero_supers,
-                row,
-                block + 1,
-                N,
-                GROUPS,
-                P,
-                RUN,
-                GROUP,
-                ZERO,
-                ZERO_POINT,
-                NESTED,
-                ZERO_NESTED,
-            )
+            later = factors(
+                scales, zeros, supers, super_table, super_offset, zero_supers, row, block + 1, N, GROUPS, P, RUN, GROUP,
+                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+            )  # fmt: skip
         for run in tl.static_range(P // RUN):
             scale = now[run * EACH]
             zero = now[run * EACH + EACH - 1]
@@ -174,23 +89,14 @@ def many(
             for place in tl.static_range(run * RUN, run * RUN + RUN):
                 k = (block * P + place) * 32
                 xv = tl.load(source + place * 32, mask=(m < M)[None, :] & (k + p < K)[:, None], other=0.0)
-                if WIDE:
-                    low = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0) - OFFSET
-                    high = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1) - OFFSET
-                    v = _less(high * 16.0 + low, zero, EACH == 2, WHOLE, CENTRE)
-                elif KIND == INTEGER:
-                    v = _less(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), zero, EACH == 2, WHOLE, CENTRE)
-                elif in_registers(KIND, BITS, NATIVE):
-                    v = picked[place]
-                else:
-                    v = numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE)
+                v = operand(codes, picked, table, zero, place, BITS, KIND, DTYPE, NATIVE, ZERO, ZERO_POINT, WHOLE)
                 if EARLY:
                     acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
                 else:
                     d = tl.dot(v, xv, d)
             if not EARLY:
                 acc += scale[:, None] * d
-        if not EARLY:
+        if AHEAD:
             now = later
         pointer += 2048
         source += P * 32

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["looked_up", "table_bytes"]
+__all__ = ["entries", "in_registers", "looked_up"]
 
 
 @triton.constexpr_function
@@ -41,33 +41,30 @@ def _constraints():
     return ",".join(["=r"] * 4 + ["r"] * 17)
 
 
-@triton.jit
-def _half(table, FIRST: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the lower and the upper bytes of four entries of ``table`` from FIRST on, as two int32."""
-    low = 0
-    high = 0
-    for i in tl.static_range(4):
-        number = tl.load(table + FIRST + i).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-        low |= (number & 0xFF) << (8 * i)
-        high |= ((number >> 8) & 0xFF) << (8 * i)
-    return low, high
+@triton.constexpr_function
+def in_registers(kind, bits, native):
+    """Return whether such codes are looked up here, not by :func:`qhub_triton.tiled.decode.numbers`."""
+    return native and kind == 1 and bits == 4
 
 
 @triton.jit
-def table_bytes(table, DTYPE: tl.constexpr):
-    """Return the 16 float32 at ``table`` in the 16-bit DTYPE as eight int32, for :func:`looked_up`."""
-    a, e = _half(table, 0, DTYPE)
-    b, f = _half(table, 4, DTYPE)
-    c, g = _half(table, 8, DTYPE)
-    d, h = _half(table, 12, DTYPE)
-    return a, b, c, d, e, f, g, h
+def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Return the bytes of a table for :func:`looked_up`; read once, before any loop.
+
+    ``table``: 8 int32 as :func:`qhub_triton.tiled.arguments.bytes_of` makes them.
+    """
+    read = ()
+    if in_registers(KIND, BITS, NATIVE):
+        for i in tl.static_range(8):
+            read = read + (tl.load(table + i),)
+    return read
 
 
 @triton.jit
 def looked_up(words, table, DTYPE: tl.constexpr):
     """Return the numbers at places 0, 1, 2 and 3 of int16 ``words``, four tensors of its shape in DTYPE.
 
-    ``table``: of :func:`table_bytes`.
+    ``table``: of :func:`entries`.
     """
     args = [words, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
     # The dtypes are written out: the compiler takes no constants of the caller's here.
