@@ -4,9 +4,9 @@
     Lookup     w = scale * table[q]                  1 to 8 bits
     Codebook   w = scale * sum_c codebook_c[code_c]  vectors of weights
     Float8     w = scale * float8                    E4M3, E5M2
-    Blocks     records as a file has them            what a plugin's Record says
-    Blocks     rows of records as a file has them    scales and codes together
+    Blocks     rows of records as a file has them    scales and codes together: what a plugin's Record says
     Stacked    several of these on top of each other
+    Tiled      Affine, Lookup or Float8              in the order that a GPU's kernels read
 
 A layout is a description (frozen, hashable) and the tensors it names travel beside it as a dict.
 """
