@@ -219,6 +219,8 @@ values = sums.means()
 assert values["max_abs"].tolist() == [3.0, 5.0], values
 assert torch.allclose(values["mean_abs"], torch.tensor([5.0, 8.0]) / 3), values
 assert int(values["tokens"]) == 3
+# Without it a process may end while a thread of the group still runs, and abort.
+dist.destroy_process_group()
 """
     running = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
     assert [one.wait(120) for one in running] == [0, 0]
