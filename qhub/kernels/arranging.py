@@ -32,8 +32,6 @@ def arrange(model: nn.Module, forced: bool = False) -> int:
     ``forced``: also where no kernel asks for it. Parameters stay the objects they are; a weight that is arranged, or
     cannot be, is left alone.
     """
-    if not forced and not _offered(model):
-        return 0
     return sum(
         arrange_tensor(parameter, forced) for parameter in model.parameters() if isinstance(parameter, QuantizedTensor)
     )
@@ -44,7 +42,7 @@ def arrange_tensor(weight: QuantizedTensor, forced: bool = False) -> bool:
     layout = weight.quant_layout
     if isinstance(layout, Tiled) or weight.device.type == "meta" or Tiled.refusal(layout) is not None:
         return False
-    if not forced and not _taken(weight):
+    if not forced and not _offered({weight.device.type}):
         return False
     with torch.no_grad():
         tiled, parts = Tiled.arrange(layout, weight.parts)
@@ -54,19 +52,10 @@ def arrange_tensor(weight: QuantizedTensor, forced: bool = False) -> bool:
     return True
 
 
-def _offered(model: nn.Module) -> bool:
-    """Return whether any kernel for tiles runs where some quantized weight of ``model`` lies."""
-    devices = {p.device.type for p in model.parameters() if isinstance(p, QuantizedTensor)}
+def _offered(devices: set[str]) -> bool:
+    """Return whether any kernel for tiles runs on one of the types of ``devices``."""
     return any(
         spec.layout == Tiled.kind and (not spec.devices or spec.devices & devices) for spec in kernels().values()
-    )
-
-
-def _taken(weight: QuantizedTensor) -> bool:
-    """Return whether a kernel for tiles runs on the device of ``weight``, before anything is moved."""
-    return any(
-        spec.layout == Tiled.kind and (not spec.devices or weight.device.type in spec.devices)
-        for spec in kernels().values()
     )
 
 

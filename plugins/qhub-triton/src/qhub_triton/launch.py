@@ -60,7 +60,8 @@ class Launch:
     def __call__(self, grid: tuple[int, int, int], device: int, *arguments: Any) -> None:
         """Run the kernel on GPU number ``device``, the current one or not; -1: what is no GPU of CUDA or ROCm."""
         fast = self.fast
-        if fast is not None and device == self.device:
+        # A kernel is loaded for one GPU, and launched while that is the current one.
+        if fast is not None and device == self.device == torch._C._cuda_getDevice():
             addresses = [a if type(a) is int else a.data_ptr() for a in arguments]
             fast.run(
                 *grid, stream_of(device), fast.function, fast.packed_metadata, None, None, None, *addresses,

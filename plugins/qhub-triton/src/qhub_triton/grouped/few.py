@@ -11,7 +11,7 @@ import triton.language as tl
 from qhub_triton.tiled.registers import entries
 from qhub_triton.tiled.turns import pieces, turn
 
-__all__ = ["grouped_few", "rows_of"]
+__all__ = ["grouped_few", "parts_of", "rows_of"]
 
 
 @triton.jit
@@ -39,6 +39,20 @@ def rows_of(order, experts, starts, ends, tile, E, PER: tl.constexpr, SINGLE: tl
 
 
 @triton.jit
+def parts_of(
+    whose, words, scales, zeros, supers, super_offset, zero_supers, stride_words, stride_groups, stride_supers,
+    stride_zero_supers, NESTED: tl.constexpr,
+):  # fmt: skip
+    """Return where the parts of the expert ``whose`` (int64) lie, in the order of the arguments."""
+    if NESTED is not None:
+        super_offset += whose * (1 if NESTED[2] else 0)
+    return (
+        words + whose * stride_words, scales + whose * stride_groups, zeros + whose * stride_groups,
+        supers + whose * stride_supers, super_offset, zero_supers + whose * stride_zero_supers,
+    )  # fmt: skip
+
+
+@triton.jit
 def grouped_few(
     x, words, scales, zeros, table, supers, super_table, super_offset, zero_supers, bias, y,
     order, experts, starts, ends,
@@ -58,13 +72,10 @@ def grouped_few(
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, 8)
     if expert >= 0:
         whose = expert.to(tl.int64)
-        words += whose * stride_words
-        scales += whose * stride_groups
-        zeros += whose * stride_groups
-        supers += whose * stride_supers
-        zero_supers += whose * stride_zero_supers
-        if NESTED is not None:
-            super_offset += whose * (1 if NESTED[2] else 0)
+        words, scales, zeros, supers, super_offset, zero_supers = parts_of(
+            whose, words, scales, zeros, supers, super_offset, zero_supers, stride_words, stride_groups, stride_supers,
+            stride_zero_supers, NESTED,
+        )  # fmt: skip
         n0 = tl.program_id(0) * HEIGHT
         warp = tl.arange(0, WARPS)
         p = tl.arange(0, 32)

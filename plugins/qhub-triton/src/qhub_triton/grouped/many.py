@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.grouped.few import rows_of
+from qhub_triton.grouped.few import parts_of, rows_of
 from qhub_triton.tiled.groups import run_of
-from qhub_triton.tiled.operands import factors, operand
+from qhub_triton.tiled.operands import block_product, factors
 from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["grouped_many"]
@@ -30,18 +30,14 @@ def grouped_many(
     """
     P: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = run_of(P, GROUP)
-    EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, BLOCK_M)
     if expert >= 0:
         whose = expert.to(tl.int64)
-        words += whose * stride_words
-        scales += whose * stride_groups
-        zeros += whose * stride_groups
-        supers += whose * stride_supers
-        zero_supers += whose * stride_zero_supers
-        if NESTED is not None:
-            super_offset += whose * (1 if NESTED[2] else 0)
+        words, scales, zeros, supers, super_offset, zero_supers = parts_of(
+            whose, words, scales, zeros, supers, super_offset, zero_supers, stride_words, stride_groups, stride_supers,
+            stride_zero_supers, NESTED,
+        )  # fmt: skip
         row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         p = tl.arange(0, 32)
         # Rows past the last tile are read from the last one, and not stored.
@@ -59,21 +55,10 @@ def grouped_many(
                 scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP,
                 ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
             )  # fmt: skip
-            for run in tl.static_range(P // RUN):
-                scale = now[run * EACH]
-                zero = now[run * EACH + EACH - 1]
-                if not EARLY:
-                    d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for place in tl.static_range(run * RUN, run * RUN + RUN):
-                    k = (block * P + place) * 32
-                    xv = tl.load(from_rows + place * 32, mask=valid[None, :] & (k + p < K)[:, None], other=0.0)
-                    v = operand(codes, picked, table, zero, place, BITS, KIND, DTYPE, NATIVE, ZERO, ZERO_POINT, WHOLE)
-                    if EARLY:
-                        acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
-                    else:
-                        d = tl.dot(v, xv, d)
-                if not EARLY:
-                    acc += scale[:, None] * d
+            acc = block_product(
+                acc, codes, picked, table, now, from_rows, valid, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE,
+                NATIVE, WHOLE, EARLY,
+            )  # fmt: skip
             pointer += 2048
             from_rows += P * 32
         out = acc * UNIT

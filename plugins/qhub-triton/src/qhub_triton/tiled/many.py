@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qhub_triton.tiled.groups import run_of
-from qhub_triton.tiled.operands import factors, operand
+from qhub_triton.tiled.operands import block_product, factors
 from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["many"]
@@ -81,21 +81,10 @@ def many(
                 scales, zeros, supers, super_table, super_offset, zero_supers, row, block + 1, N, GROUPS, P, RUN, GROUP,
                 ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
             )  # fmt: skip
-        for run in tl.static_range(P // RUN):
-            scale = now[run * EACH]
-            zero = now[run * EACH + EACH - 1]
-            if not EARLY:
-                d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for place in tl.static_range(run * RUN, run * RUN + RUN):
-                k = (block * P + place) * 32
-                xv = tl.load(source + place * 32, mask=(m < M)[None, :] & (k + p < K)[:, None], other=0.0)
-                v = operand(codes, picked, table, zero, place, BITS, KIND, DTYPE, NATIVE, ZERO, ZERO_POINT, WHOLE)
-                if EARLY:
-                    acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
-                else:
-                    d = tl.dot(v, xv, d)
-            if not EARLY:
-                acc += scale[:, None] * d
+        acc = block_product(
+            acc, codes, picked, table, now, source, m < M, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE, NATIVE,
+            WHOLE, EARLY,
+        )  # fmt: skip
         if AHEAD:
             now = later
         pointer += 2048

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
-from qhub_triton.tiled.groups import group_scales, group_zeros
+from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 from qhub_triton.tiled.registers import in_registers
 
-__all__ = ["factors", "less", "operand"]
+__all__ = ["block_product", "factors"]
 
 
 @triton.jit
-def less(v, zero, HAS_ZERO: tl.constexpr, WHOLE: tl.constexpr, OFFSET: tl.constexpr):
+def _less(v, zero, HAS_ZERO: tl.constexpr, WHOLE: tl.constexpr, OFFSET: tl.constexpr):
     """Return the numbers ``v`` (BLOCK_N, 32) less OFFSET, and less ``zero`` (BLOCK_N,) if they have one."""
     if not HAS_ZERO:
         if OFFSET == 0:
@@ -52,7 +52,7 @@ def factors(
 
 
 @triton.jit
-def operand(
+def _operand(
     codes, picked, table, zero, PLACE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr,
     NATIVE: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -67,10 +67,43 @@ def operand(
     if WIDE:
         low = numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE, 0) - OFFSET
         high = numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE, 1) - OFFSET
-        return less(high * 16.0 + low, zero, ZERO != 0, WHOLE, CENTRE)
+        return _less(high * 16.0 + low, zero, ZERO != 0, WHOLE, CENTRE)
     elif KIND == INTEGER:
-        return less(numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE), zero, ZERO != 0, WHOLE, CENTRE)
+        return _less(numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE), zero, ZERO != 0, WHOLE, CENTRE)
     elif in_registers(KIND, BITS, NATIVE):
         return picked[PLACE]
     else:
         return numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE)
+
+
+@triton.jit
+def block_product(
+    acc, codes, picked, table, now, source, valid, block, K,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
+    DTYPE: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Return ``acc`` (BLOCK_N, BLOCK_M) plus the product of one block of weights with its columns of the input.
+
+    ``now``: of :func:`factors`. ``source`` (32, BLOCK_M): where the input's first slice of the block lies, ``valid``
+    (BLOCK_M,): which of its rows there are. EARLY: see :func:`qhub_triton.tiled.many.many`; the rest: :func:`_operand`.
+    """
+    P: tl.constexpr = 16 // BITS
+    RUN: tl.constexpr = run_of(P, GROUP)
+    EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
+    p = tl.arange(0, 32)
+    for run in tl.static_range(P // RUN):
+        scale = now[run * EACH]
+        zero = now[run * EACH + EACH - 1]
+        if not EARLY:
+            d = tl.zeros(acc.shape, tl.float32)
+        for place in tl.static_range(run * RUN, run * RUN + RUN):
+            k = (block * P + place) * 32
+            xv = tl.load(source + place * 32, mask=valid[None, :] & (k + p < K)[:, None], other=0.0)
+            v = _operand(codes, picked, table, zero, place, BITS, KIND, DTYPE, NATIVE, ZERO, ZERO_POINT, WHOLE)
+            if EARLY:
+                acc = tl.dot(v * scale.to(DTYPE)[:, None], xv, acc)
+            else:
+                d = tl.dot(v, xv, d)
+        if not EARLY:
+            acc += scale[:, None] * d
+    return acc
