@@ -43,6 +43,8 @@ class Tiled(Layout):
 
     Parts: ``qweight`` (T, B, 64, 32) int16, T = ceil(N / 64), B = ceil(K / K'); ``scales`` and ``zeros`` (T, G, 64) in
     their own dtype, G groups of a row; what else ``of`` has, as it is. Transforms and activations are those of ``of``.
+    The number of row 16 a + 8 h + g of a tile is at place 16 a + 2 g + h: of two rows that one lane holds in a matrix
+    operand, the numbers are one read.
     """
 
     kind: ClassVar[str] = "tiled"
@@ -168,7 +170,8 @@ class Tiled(Layout):
         if shared > 1:
             values = values.repeat_interleave(min(shared, self.out_features), dim=-2)[..., : self.out_features, :]
         filled = torch.nn.functional.pad(values, (0, 0, 0, self.tiles * ROWS - self.out_features))
-        tiled = filled.reshape(*values.shape[:-2], self.tiles, ROWS, values.shape[-1]).transpose(-1, -2).contiguous()
+        tiled = filled.reshape(*values.shape[:-2], self.tiles, ROWS // 16, 2, 8, values.shape[-1]).transpose(-2, -3)
+        tiled = tiled.reshape(*values.shape[:-2], self.tiles, ROWS, values.shape[-1]).transpose(-1, -2).contiguous()
         return tiled.view(dtype)
 
     def plain(self, parts: Parts) -> tuple[Layout, dict[str, Tensor]]:
@@ -189,7 +192,8 @@ class Tiled(Layout):
         shared = self.of.grid.rows  # type: ignore[attr-defined]
         for name in self._tiled_names():
             tiled = parts[name].transpose(-1, -2)
-            values = tiled.reshape(*tiled.shape[:-3], self.tiles * ROWS, tiled.shape[-1])[..., : self.out_features, :]
+            paired = tiled.reshape(*tiled.shape[:-2], ROWS // 16, 8, 2, tiled.shape[-1]).transpose(-2, -3)
+            values = paired.reshape(*tiled.shape[:-3], self.tiles * ROWS, tiled.shape[-1])[..., : self.out_features, :]
             own[name] = (values[..., ::shared, :] if shared > 1 else values).contiguous()
         return self.of, {**{name: part for name, part in parts.items() if name not in own}, **own}
 

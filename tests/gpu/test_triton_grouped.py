@@ -69,6 +69,8 @@ def filled(layout, seed):
             parts[name] = torch.randn(shape, generator=generator, device="cuda").to(dtype)
         elif name == "table" or name.endswith("_table"):
             parts[name] = torch.linspace(-1, 1, shape[0], device="cuda")
+        elif name == "zeros":
+            parts[name] = (torch.rand(shape, generator=generator, device="cuda") * 15).to(dtype)
         else:
             parts[name] = ((torch.rand(shape, generator=generator, device="cuda") + 0.5) * 0.01).to(dtype)
     return parts

@@ -6,17 +6,9 @@ import triton
 import triton.language as tl
 
 from qhub_triton.dense.decode import float8_value, formula, level_value, rounded, times
+from qhub_triton.tiled.groups import place_of, run_of
 
-__all__ = ["run_of", "tiles_kernel"]
-
-
-@triton.constexpr_function
-def run_of(per_word, group):
-    """Return how many slices of 32 columns in a row share a scale, wherever one starts counting by so many."""
-    a, b = group // 32, per_word
-    while b:
-        a, b = b, a % b
-    return a
+__all__ = ["tiles_kernel"]
 
 
 @triton.jit
@@ -53,7 +45,7 @@ def tiles_kernel(
     for run in tl.static_range(P // RUN):
         group = ((block + first_block) * P + run * RUN) * 32 // GROUP
         mask = row_mask & (group < groups)
-        place = (tile.to(tl.int64) * groups + group) * 64 + row % 64
+        place = (tile.to(tl.int64) * groups + group) * 64 + place_of(row)
         index = row.to(tl.int64) * groups + group
         scale = level_value(
             scale_ptr, scale_super_ptr, scale_table_ptr, scale_offset_ptr, place, index, mask,

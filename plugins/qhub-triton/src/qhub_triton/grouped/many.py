@@ -7,7 +7,7 @@ import triton.language as tl
 
 from qhub_triton.grouped.few import parts_of, rows_of
 from qhub_triton.tiled.groups import run_of
-from qhub_triton.tiled.operands import block_product, factors
+from qhub_triton.tiled.operands import block_product, depth_of, factors, unit_of
 from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["grouped_many"]
@@ -31,6 +31,8 @@ def grouped_many(
     P: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = run_of(P, GROUP)
     DTYPE: tl.constexpr = x.dtype.element_ty
+    PAIRED: tl.constexpr = EARLY and NESTED is None and scales.dtype.element_ty.primitive_bitwidth == 16
+    tl.assume(BLOCKS > 0)
     expert, source, target, valid = rows_of(order, experts, starts, ends, tl.program_id(1), E, PER, SINGLE, BLOCK_M)
     if expert >= 0:
         whose = expert.to(tl.int64)
@@ -43,7 +45,7 @@ def grouped_many(
         # Rows past the last tile are read from the last one, and not stored.
         held = tl.minimum(row // 64, (N - 1) // 64)
         pointer = words + (held.to(tl.int64) * BLOCKS)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
-        from_rows = x + (source * stride_xm)[None, :] + p[:, None]
+        from_rows = x + (source * stride_xm)[None, :] + tl.arange(0, depth_of(EARLY, BITS))[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         kept = entries(table, KIND, BITS, NATIVE)
         for block in tl.range(0, BLOCKS, num_stages=STAGES):
@@ -52,8 +54,8 @@ def grouped_many(
             if in_registers(KIND, BITS, NATIVE):
                 picked = looked_up(codes, kept, DTYPE)
             now = factors(
-                scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP,
-                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+                scales, zeros, supers, super_table, super_offset, zero_supers, tl.program_id(0) * BLOCK_N, row, block,
+                N, GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, PAIRED,
             )  # fmt: skip
             acc = block_product(
                 acc, codes, picked, table, now, from_rows, valid, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE,
@@ -61,7 +63,7 @@ def grouped_many(
             )  # fmt: skip
             pointer += 2048
             from_rows += P * 32
-        out = acc * UNIT
+        out = acc * unit_of(UNIT, KIND, BITS, DTYPE == tl.float16, NATIVE, ZERO, ZERO_POINT, EARLY)
         if HAS_BIAS:
             out += tl.load(bias + whose * N + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
         where = y + (target * N)[None, :] + row[:, None]

@@ -112,5 +112,5 @@ class Product:
         block_n = 128 if routes.block == 128 else 64
         stages = 4 if routes.block <= 64 else 3
         constants |= {"WHOLE": self.whole, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
-        constants["EARLY"] = routes.block == 128
+        constants["EARLY"] = routes.block == 128 or (constants["ZERO"] != 0 and not self.whole)
         return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["group_scales", "group_zeros", "run_of"]
+__all__ = ["group_scales", "group_zeros", "paired", "place_of", "run_of"]
 
 
 @triton.constexpr_function
@@ -21,9 +21,15 @@ def run_of(per_word, group):
 
 
 @triton.jit
+def place_of(row):
+    """Return where ``row`` is among its tile's 64: rows 8 apart, of the same 16, lie side by side."""
+    return row % 64 // 16 * 16 + row % 8 * 2 + row // 8 % 2
+
+
+@triton.jit
 def _place(row, group, GROUPS):
-    """Return where the number of (row, group) lies in (T, G, 64)."""
-    return ((row // 64)[None, :] * GROUPS + group[:, None]) * 64 + (row % 64)[None, :]
+    """Return where the number of (row, group) lies in (T, G, 64): see :func:`place_of`."""
+    return ((row // 64)[None, :] * GROUPS + group[:, None]) * 64 + place_of(row)[None, :]
 
 
 @triton.jit
@@ -44,6 +50,21 @@ def group_scales(scales, supers, table, offset, row, group, GROUPS, known, NESTE
 
 
 @triton.jit
+def paired(pointer, first, group, N, GROUPS, BLOCK_N: tl.constexpr):
+    """Return the 16-bit numbers (BLOCK_N,) of the rows from ``first``, a multiple of 16, on in ``group``, two a read.
+
+    The compiler brings reads of 32 bits through shared memory ahead of a loop's turn, and none smaller. Rows that lie
+    side by side are one lane's in a matrix operand. 0 past the last tile and the last group.
+    """
+    word = first // 2 + tl.arange(0, BLOCK_N // 2)
+    known = (word // 32 < tl.cdiv(N, 64)) & (group < GROUPS)
+    place = (word // 32 * GROUPS + group) * 32 + word % 32
+    both = tl.load(pointer.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=known, other=0)
+    apart = tl.join(both.to(tl.int16), (both >> 16).to(tl.int16)).reshape(BLOCK_N // 16, 8, 2)
+    return apart.permute(0, 2, 1).reshape(BLOCK_N).to(pointer.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
 def group_zeros(zeros, supers, row, group, GROUPS, known, NESTED: tl.constexpr):
     """Return the zeros (len(group), len(row)) float32; see :func:`group_scales`."""
     code = tl.load(zeros + _place(row, group, GROUPS), mask=known, other=0.0)
@@ -61,11 +82,11 @@ def _second(code, supers, table, offset, row, group, GROUPS, known, NESTED: tl.c
     else:
         value = code.to(tl.float32)
     if SIZE == 0:
-        second = tl.load(supers).to(tl.float32)
+        second = tl.load(supers + tl.zeros((1, 1), tl.int32)).to(tl.float32)
     else:
         place = (row[None, :] * GROUPS + group[:, None]) // SIZE
         second = tl.load(supers + place, mask=known & (place >= 0), other=1.0).to(tl.float32)
     value = value / second if NESTED[3] else value * second
     if NESTED[2]:
-        value += tl.load(offset)
+        value += tl.load(offset + tl.zeros((1, 1), tl.int32))
     return tl.where(known, value, 0.0)

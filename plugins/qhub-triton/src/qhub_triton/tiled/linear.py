@@ -113,10 +113,14 @@ class Product:
                 "TURNS": chosen.turns(self.blocks), "BLOCK_M": chosen.block_m,
             }  # fmt: skip
             return chosen, Launch(few, constants, {**options, "num_stages": 1})
+        whole = whole_zeros(self.layout, self.parts)
         constants |= {
-            "WHOLE": whole_zeros(self.layout, self.parts), "SPLIT": chosen.split,
-            "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m, "EARLY": chosen.early,
+            "WHOLE": whole, "SPLIT": chosen.split,
+            "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
+            "EARLY": chosen.early or (constants["ZERO"] != 0 and not whole),
         }  # fmt: skip
+        if chosen.registers and native(self.device):
+            options["maxnreg"] = chosen.registers
         return chosen, Launch(many, constants, options)
 
     def _shares(self, tiles: int, chosen: Many) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qhub_triton.tiled.groups import run_of
-from qhub_triton.tiled.operands import block_product, factors
+from qhub_triton.tiled.operands import block_product, depth_of, factors, unit_of
 from qhub_triton.tiled.registers import entries, in_registers, looked_up
 
 __all__ = ["many"]
@@ -35,10 +35,10 @@ def many(
     """
     P: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = run_of(P, GROUP)
-    EACH: tl.constexpr = 2 if ZERO == 1 or ZERO == 2 else 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     # Scales that come after the product are read a block ahead: such small reads are worth no place in shared memory.
-    AHEAD: tl.constexpr = not EARLY and EACH == 1
+    AHEAD: tl.constexpr = not EARLY and ZERO == 0
+    PAIRED: tl.constexpr = EARLY and NESTED is None and scales.dtype.element_ty.primitive_bitwidth == 16
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
@@ -51,10 +51,13 @@ def many(
     p = tl.arange(0, 32)
     first = part * SPAN
     last = min(first + SPAN, BLOCKS)
+    # The plan leaves no part empty. Were the loop left out on some path, the assembler would wait for every product.
+    tl.assume(first < last)
     # Rows past the last tile are read from the last one, and not stored.
     held = tl.minimum(row // 64, (N - 1) // 64)
     pointer = words + (held.to(tl.int64) * BLOCKS + first)[:, None] * 2048 + (row % 64)[:, None] * 32 + p[None, :]
-    source = x + m.to(tl.int64)[None, :] * stride_xm + (first * P * 32 + p)[:, None]
+    deep = tl.arange(0, depth_of(EARLY, BITS))
+    source = x + m.to(tl.int64)[None, :] * stride_xm + (first * P * 32 + deep)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     held = entries(table, KIND, BITS, NATIVE)
     if OVERLAP:
@@ -62,8 +65,8 @@ def many(
         tl.extra.cuda.gdc_wait()
     if AHEAD:
         now = factors(
-            scales, zeros, supers, super_table, super_offset, zero_supers, row, first, N, GROUPS, P, RUN, GROUP, ZERO,
-            ZERO_POINT, NESTED, ZERO_NESTED,
+            scales, zeros, supers, super_table, super_offset, zero_supers, tile_n * BLOCK_N, row, first, N, GROUPS,
+            P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, PAIRED,
         )  # fmt: skip
     for block in tl.range(first, last, num_stages=STAGES):
         codes = tl.load(pointer)
@@ -73,13 +76,13 @@ def many(
         if not AHEAD:
             # Read where they are used: only then are they brought into the order of the operand.
             now = factors(
-                scales, zeros, supers, super_table, super_offset, zero_supers, row, block, N, GROUPS, P, RUN, GROUP,
-                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+                scales, zeros, supers, super_table, super_offset, zero_supers, tile_n * BLOCK_N, row, block, N, GROUPS,
+                P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, PAIRED,
             )  # fmt: skip
         else:
             later = factors(
-                scales, zeros, supers, super_table, super_offset, zero_supers, row, block + 1, N, GROUPS, P, RUN, GROUP,
-                ZERO, ZERO_POINT, NESTED, ZERO_NESTED,
+                scales, zeros, supers, super_table, super_offset, zero_supers, tile_n * BLOCK_N, row, block + 1, N,
+                GROUPS, P, RUN, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, PAIRED,
             )  # fmt: skip
         acc = block_product(
             acc, codes, picked, table, now, source, m < M, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE, NATIVE,
@@ -103,7 +106,7 @@ def many(
         for other in range(SPLIT):
             acc += tl.load(mine + other * size + cell, cache_modifier=".cg")
         tl.store(counters + tile, 0)
-    out = acc * UNIT
+    out = acc * unit_of(UNIT, KIND, BITS, DTYPE == tl.float16, NATIVE, ZERO, ZERO_POINT, EARLY)
     if HAS_BIAS:
         out += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
     where = y + m.to(tl.int64)[None, :] * stride_ym + row[:, None]

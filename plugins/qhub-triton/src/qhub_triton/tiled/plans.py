@@ -26,7 +26,10 @@ class Few:
 
 @dataclass(frozen=True)
 class Many:
-    """Cuts the work of :mod:`qhub_triton.tiled.many`: see there."""
+    """Cuts the work of :mod:`qhub_triton.tiled.many`: see there.
+
+    ``registers``: the most that a thread may have, so that more programs fit on a processor; 0 for no limit.
+    """
 
     warps: int
     block_n: int
@@ -35,6 +38,7 @@ class Many:
     stages: int
     early: bool = False
     overlap: bool = True
+    registers: int = 0
 
 
 def plan_of(config: dict[str, Any]) -> Few | Many:
@@ -84,9 +88,10 @@ def _doubled(tiles: int, most: int, limit: int) -> int:
 
 
 def within(chosen: Few | Many, blocks: int) -> Few | Many:
-    """Return ``chosen`` with no more parts than there are blocks."""
+    """Return ``chosen`` with no more parts than get a block each."""
     if isinstance(chosen, Many):
-        return replace(chosen, split=max(1, min(chosen.split, blocks)))
+        each = -(-blocks // max(1, min(chosen.split, blocks)))
+        return replace(chosen, split=-(-blocks // each))
     return chosen
 
 

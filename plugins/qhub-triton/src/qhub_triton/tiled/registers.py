@@ -56,7 +56,8 @@ def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr)
     read = ()
     if in_registers(KIND, BITS, NATIVE):
         for i in tl.static_range(8):
-            read = read + (tl.load(table + i),)
+            # Tensors of one number: the compiler moves orders of elements past them, and not past scalars.
+            read = read + (tl.load(table + i + tl.zeros((1, 1), tl.int32)),)
     return read
 
 
