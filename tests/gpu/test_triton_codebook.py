@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 linear = pytest.importorskip("qhub_triton.codebook.linear")
 
-# What cuBLAS loses by rounding its output is half an ulp at most; the aim is 1.2 times its own error.
+# Of what cuBLAS loses by rounding the weight and its output, both to the input's dtype: the aim.
 _AIM = 1.2
 
 
@@ -51,6 +51,8 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 CASES = {
     "2x8": (additive(1024, 2048, (8, 8)), None),
     "2x8 odd": (additive(1001, 2056, (8, 8)), None),
+    "2x8 short": (additive(520, 8, (8, 8)), None),
+    "2x8 long": (additive(512, 14336, (8, 8)), None),
     "1x8": (additive(500, 1032, (8,)), None),
     "4x8": (additive(512, 1024, (8,) * 4), None),
     "3x8": (additive(260, 520, (8,) * 3), None),
@@ -58,6 +60,7 @@ CASES = {
     "2x12": (additive(512, 1032, (12, 12)), None),
     "E8P": ((1024, 2048), "E8P12"),
     "E8P 28": ((1024, 3584), "E8P12"),
+    "E8P long": ((1024, 28672), "E8P12"),
     "E8P 4 bits": ((512, 1024), "E8P12RVQ4B"),
     "E8P 3 bits": ((512, 1024), "E8P12RVQ3B"),
 }
@@ -76,11 +79,12 @@ def test_error_is_that_of_a_dense_product(case: str, dtype: torch.dtype) -> None
     for m in (1, 2, 5, 8, 9, 16, 17, 130):
         x = torch.randn(m, layout.in_features, device="cuda").to(dtype)
         bias = torch.randn(layout.out_features, device="cuda").to(dtype)
-        # Many rows with no rotation are multiplied by the weight as it is in their dtype.
-        plain = m > 16 and book is None
-        wanted = x.double() @ (rounded if plain else weight).double().T + bias.double()
-        usual = relative(torch.nn.functional.linear(x, rounded, bias), x.double() @ rounded.double().T + bias.double())
-        assert relative(product(x, bias), wanted) < _AIM * usual, m
+        wanted = x.double() @ weight.T + bias.double()
+        usual = relative(torch.nn.functional.linear(x, rounded, bias), wanted)
+        # Many rows under rotations: inputs, the sum of two vectors and outputs are rounded to float16, one more than
+        # a dense product rounds.
+        aim = 1.4 if m > 16 and book is not None and dtype == torch.float16 else _AIM
+        assert relative(product(x, bias), wanted) < aim * usual, m
 
 
 @pytest.mark.parametrize("case", ["2x8 odd", "3x8", "E8P 28", "E8P 3 bits"])
@@ -94,11 +98,29 @@ def test_portable_kernels(case: str) -> None:
         product = linear.bind(layout, parts, dtype, {"native": False})
         for m in (1, 7, 16):
             x = torch.randn(m, layout.in_features, device="cuda").to(dtype)
-            usual = relative(x @ weight.to(dtype).T, x.double() @ weight.to(dtype).double().T)
-            assert relative(product(x, None), x.double() @ weight.T) < _AIM * usual, m
+            wanted = x.double() @ weight.T
+            usual = relative(x @ weight.to(dtype).T, wanted)
+            assert relative(product(x, None), wanted) < _AIM * usual, m
 
 
-@pytest.mark.parametrize("case", ["2x8", "E8P"])
+def test_one_row_on_two_streams() -> None:
+    layout, _ = CASES["2x8 long"]
+    parts = parts_of(layout)
+    product = linear.bind(layout, parts, torch.float16)
+    xs = [torch.randn(1, layout.in_features, device="cuda").half() for _ in range(2)]
+    wanted = [product(x, None) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for x, stream, results in zip(xs, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(product(x, None))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, one) for one, results in zip(wanted, found, strict=True) for y in results)
+
+
+@pytest.mark.parametrize("case", ["2x8", "2x8 odd", "2x8 long", "E8P"])
 def test_graphs_and_repeats_give_the_same_bits(case: str) -> None:
     layout, book = CASES[case]
     if book is not None:

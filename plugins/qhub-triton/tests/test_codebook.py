@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from qhub_triton.codebook.lattice import words_of
 from qhub_triton.codebook.linear import bind, dequantize
-from qhub_triton.codebook.reading import accepts, reading
+from qhub_triton.codebook.reading import Side, accepts, reading
+from qhub_triton.codebook.turning import Plan, Turning
 
 from qhub.kernels import Problem
 from qhub.layouts import Codebook, Grid, Transform
@@ -140,6 +143,88 @@ def test_rotations(n: int, k: int, nbits: tuple[int, ...], factors: tuple[int, i
     assert _error(found, _wanted(x, layout, parts) + bias.double()) < _CLOSE
 
 
+def _rotated(v: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of v (M, size) rotated, in float64: by the factor, and by Sylvester's matrices of two."""
+    q = 1 if factor is None else factor.shape[0]
+    v = v.double().unflatten(-1, (q, -1))
+    power = v.shape[-1]
+    if factor is not None:
+        v = factor.double() @ v / (1.0 if factor.is_floating_point() else q**0.5)
+    for bit in range(power.bit_length() - 1):
+        v = v.unflatten(-1, (-1, 2, 1 << bit))
+        v = torch.stack([v[..., 0, :] + v[..., 1, :], v[..., 0, :] - v[..., 1, :]], -2).flatten(-3)
+    return v.flatten(-2) / power**0.5
+
+
+def _factor(q: int, floating: bool) -> torch.Tensor | None:
+    generator = torch.Generator().manual_seed(3)
+    if q == 1:
+        return None
+    if floating:
+        return torch.linalg.qr(torch.randn(q, q, generator=generator))[0].contiguous()
+    # Nothing asks whether the matrix is orthogonal.
+    return (torch.randint(0, 2, (q, q), generator=generator) * 2 - 1).to(torch.int8)
+
+
+def _turning(size: int, q: int, floating: bool, narrow: bool, divide: bool) -> tuple[Turning, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    side = "in" if narrow else "out"
+    rotate = Transform("hadamard", side, factor=q)
+    scale, divisor = Transform("scale", side), Transform("divide", side)
+    parts: dict[str, torch.Tensor] = {scale.part: 0.5 + torch.rand(size, generator=generator)}
+    if q > 1:
+        parts[rotate.part] = _factor(q, floating)
+    if divide:
+        parts[divisor.part] = 0.5 + torch.rand(size, generator=generator)
+    place = {"before" if narrow else "after": scale}
+    found = Side(divide=divisor if divide else None, rotate=rotate, **place)
+    return Turning(found, size, parts, -1, narrow, True), {
+        "scale": parts[scale.part], "divisor": parts[divisor.part] if divide else torch.ones(size),
+    }  # fmt: skip
+
+
+_SIZES = [(16, 1, False), (1024, 1, False), (12 * 16, 12, False), (28 * 32, 28, False), (6 * 32, 6, True)]
+
+
+@pytest.mark.parametrize(("size", "q", "floating"), _SIZES)
+@pytest.mark.parametrize(("m", "plan"), [(1, None), (2, Plan(16, 8, 4)), (2, Plan(16, 1, 8)), (5, None), (17, None)])
+def test_inputs_are_rotated_scaled_and_summed(size: int, q: int, floating: bool, m: int, plan: Plan | None) -> None:
+    turning, known = _turning(size, q, floating, narrow=True, divide=size == 1024)
+    if plan is not None:
+        turning.plans[m] = plan
+        # Eight rows each: fewer programs than there are places for sums.
+        if plan.rows == 1:
+            turning.plans[1] = plan
+    x = torch.randn(m, size, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    out = torch.empty(m, size, dtype=torch.float16)
+    lengths = torch.empty(m)
+    sums = torch.full((m, turning.programs, 2), torch.nan)
+    turning(x, out, lengths, sums, None, None, 1, False)
+    wanted = _rotated(x / known["divisor"] * known["scale"], _factor(q, floating))
+    assert _error(out.double() * lengths.unsqueeze(1), wanted) < 2.0**-11
+    # No number is left out, none is infinite, and none much smaller than float16 has room for.
+    assert torch.isfinite(out).all() and lengths.log2().frac().eq(0).all()
+    if m <= 16:
+        fours = out.double().unflatten(-1, (-1, 2, 2)).sum(-1).sum(-2)
+        assert (sums.double().sum(1) - fours).abs().max() <= 1e-5 * out.double().abs().sum(-1).max()
+
+
+@pytest.mark.parametrize(("size", "q", "floating"), _SIZES)
+@pytest.mark.parametrize(("m", "scale_rows"), [(1, 1 << 20), (3, 4), (17, 1 << 20), (17, 4)])
+def test_outputs_are_rotated_scaled_and_biased(size: int, q: int, floating: bool, m: int, scale_rows: int) -> None:
+    turning, known = _turning(size, q, floating, narrow=False, divide=False)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(m, size, generator=generator)
+    bias = torch.randn(size, generator=generator)
+    lengths = 0.5 + torch.rand(m, generator=generator)
+    scales = 0.5 + torch.rand(-(-size // scale_rows), generator=generator)
+    out = torch.empty(m, size)
+    turning(y, out, lengths, None, bias, scales, scale_rows, False)
+    stored = y * lengths.unsqueeze(1) * scales[torch.arange(size) // scale_rows]
+    wanted = _rotated(stored, _factor(q, floating)) * known["scale"] + bias
+    assert _error(out, wanted) < 2.0**-15
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 3e4])
 def test_rotated_inputs_of_any_size(size: float) -> None:
     layout = _quip(16, 64)
@@ -218,3 +303,29 @@ def test_other_vectors_are_no_words() -> None:
     assert words_of(layout, books * 1.25) is None
     assert words_of(replace(layout, folded=(0.5,)), books) is None
     assert words_of(_layout(16, 64, (8, 8)), torch.randn(2, 256, 1, 8)) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "words", "books", "pack"),
+    [
+        (4096, 4096, (8, 2), (8, 1), 1),
+        (14336, 4096, (4, 1), (4, 2), 2),
+        (8192, 8192, (4, 1), (4, 2), 2),
+        (4096, 14336, (8, 2), (8, 1), 2),
+        (28672, 8192, (4, 1), (4, 2), 2),
+        # Too few blocks for eight warps; too few programs for two blocks at once; an odd number of blocks.
+        (4096, 1024, (4, 1), (4, 1), 1),
+        (1024, 4096, (8, 2), (8, 1), 1),
+        (14336, 4104, (4, 1), (4, 2), 1),
+    ],
+)
+def test_plans(n: int, k: int, words: tuple[int, int], books: tuple[int, int], pack: int) -> None:
+    few = pytest.importorskip("qhub_triton.codebook.few").Few
+    layout = _layout(n, k, (8, 8))
+    parts = {"codes": torch.empty(0), "codebooks": torch.empty(0)}
+    lattice: Any = SimpleNamespace(kind=1)
+    assert few(layout, parts, lattice, None, {}).plan == words
+    plain = few(layout, parts, None, parts["codebooks"], {})
+    assert plain.tabulates and plain.plan == books and plain.tables == (512, 16, pack, 1, False)
+    assert not few(layout, parts, None, parts["codebooks"], {"tables": False}).tabulates
+    assert few(layout, parts, None, parts["codebooks"], {"warps": 2, "tall": 4}).plan == (2, 4)

@@ -43,6 +43,9 @@ class Values:
             return Values(result, dtype if dtype in FLOATS else "float32")
         return Values(result & 0xFFFFFFFF if dtype == "uint32" else result, dtype)
 
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
     def __getitem__(self, index: Any) -> Values:
         return Values(self.data[index], self.dtype)
 
@@ -110,7 +113,8 @@ class Language:
             return name
         raise AttributeError(name)
 
-    SliceLayout = DotOperandLayout = staticmethod(lambda *_: None)
+    SliceLayout = DotOperandLayout = BlockedLayout = staticmethod(lambda *_: None)
+    DistributedLinearLayout = NVMMADistributedLayout = BlockedLayout
     pointer_type = staticmethod(lambda dtype: dtype)
     static_range = staticmethod(range)
 
@@ -129,7 +133,7 @@ class Language:
     def where(self, condition: Values, one: Values, other: int) -> Values:
         return Values(torch.where(condition.data.bool(), one.data, other), one.dtype)
 
-    def load(self, pointer: Pointer, mask: Values | None = None, other: float = 0) -> Values:
+    def load(self, pointer: Pointer, mask: Values | None = None, other: float = 0, cache_modifier: str = "") -> Values:
         flat, index = pointer.index()
         known = torch.ones((), dtype=torch.bool) if mask is None else mask.data.bool()
         index, known = torch.broadcast_tensors(index, known)
@@ -138,10 +142,23 @@ class Language:
         found = torch.where(known, flat[torch.where(known, index, 0)], torch.zeros((), dtype=flat.dtype))
         return Values(found if found.is_floating_point() else found.long(), pointer.stored)
 
-    def store(self, pointer: Pointer, values: Values, mask: Values) -> None:
+    def store(self, pointer: Pointer, values: Values | int, mask: Values | None = None) -> None:
         flat, index = pointer.index()
-        index, known, data = torch.broadcast_tensors(index, mask.data.bool(), values.data)
-        flat[index[known]] = data[known]
+        known = torch.ones((), dtype=torch.bool) if mask is None else mask.data.bool()
+        stored = values.data if isinstance(values, Values) else torch.tensor(values)
+        index, known, data = torch.broadcast_tensors(index, known, stored)
+        assert bool(((index[known] >= 0) & (index[known] < flat.numel())).all()), "out of bounds"
+        flat[index[known]] = data[known].to(flat.dtype)
+
+    def thread_barrier(self) -> None:
+        pass
+
+    def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Values:
+        assert sem == "acq_rel"
+        flat, index = pointer.index()
+        before = int(flat[index])
+        flat[index] = before + value
+        return Values(torch.tensor(before), pointer.stored)
 
     def join(self, one: Values, other: Values) -> Values:
         return Values(torch.stack(torch.broadcast_tensors(one.data, other.data), dim=-1), one.dtype)
@@ -263,22 +280,51 @@ def test_fragments(language: Language, case: str, m: int, wide: int, warps: int,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "turns", "ahead", "merged"), [(16, 1, 1, True), (16, 2, 2, False), (8, 3, 1, True)])
-@pytest.mark.parametrize("case", ["2x8", "2x8 odd"])
-def test_tables(
-    language: Language, case: str, rows: int, turns: int, ahead: int, merged: bool, dtype: torch.dtype
-) -> None:
-    layout = LAYOUTS[case]
+@pytest.mark.parametrize(
+    ("case", "rows", "pack", "merged"),
+    [
+        ("2x8", 16, 1, True),
+        ("2x8", 16, 2, False),
+        ("2x8", 8, 2, True),
+        ("2x8 odd", 16, 1, False),
+        ("2x8 even", 16, 2, False),
+        ("2x8 long", 16, 1, False),
+        ("2x8 short", 8, 1, True),
+        ("2x8 short", 64, 1, False),
+    ],
+)
+def test_tables(language: Language, case: str, rows: int, pack: int, merged: bool, dtype: torch.dtype) -> None:
+    layout = {
+        **LAYOUTS,
+        "2x8 even": _layout(48, 1024, (8, 8)),
+        "2x8 long": _layout(20, 32 * 8 * 66, (8, 8)),
+        "2x8 short": _layout(20, 8, (8, 8)),
+    }[case]
     parts = _parts(layout)
     n, blocks = layout.out_features, layout.in_features // 8
-    x = torch.randn(1, layout.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
-    partial = torch.full((-(-blocks // 32), n), float("nan"))
-    codes = parts["codes"].view(torch.int16)
-    for program in range(-(-n // (rows * turns))):
-        for slab in range(partial.shape[0]):
-            language.program = (program, slab, 0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, layout.in_features, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    scales = 0.5 + torch.rand(-(-n // 4), generator=generator)
+    codes = parts["codes"].view(torch.int16) if pack == 1 else parts["codes"].flatten(-2).view(torch.int32)
+    tiles, splits = -(-n // rows), -(-blocks // (32 * pack))
+    deep = tabulated.tabulated_shapes(rows, 8, splits)["DEEP"]
+    counters = torch.zeros(tiles, dtype=torch.int32)
+    shares = torch.full((tiles * splits * rows,), float("nan"))
+    wanted = x.double() @ layout.decode(parts).double().T * scales.double().repeat_interleave(4)[:n] + bias.double()
+    results = []
+    for programs in (range(tiles * splits), reversed(range(tiles * splits))):
+        y = torch.full((1, n), float("nan"))
+        for program in programs:
+            language.program = (program, 0, 0)
             tabulated.tabulated_kernel(
-                *(Pointer(one) for one in (x, parts["codebooks"], codes, partial)), n, blocks, BN=rows, TURNS=turns,
-                AHEAD=ahead, MERGED=merged, EVEN=False, OVERLAP=True, LT=None, LR=None, LX=None, LB=None, MMA=None,
+                *(Pointer(one) for one in (x, parts["codebooks"], codes, scales, bias, y, shares, counters)), n, 4,
+                BLOCKS=blocks, PACK=pack, SPLITS=splits, BN=rows, MERGED=merged, DEEP=deep,
+                EVEN=n % rows == 0 == blocks % (32 * pack), HAS_BIAS=True, OVERLAP=True,
+                LT=None, LR=None, LM=None, LS=None, LX=None, LB=None, LF=None, MMA=None,
             )  # fmt: skip
-    assert _error(partial.sum(0, keepdim=True), x, layout, parts) < 1e-6
+        assert not counters.any()
+        assert float((y.double() - wanted).norm() / wanted.norm()) < 1e-6
+        results.append(y)
+    # Parts are added up in their order, whichever of the programs comes last.
+    assert torch.equal(*results)

@@ -36,6 +36,7 @@ FAMILY = Operations(
 )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is interpreted; tests/gpu/test_decoding.py is for a GPU")
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_same_tokens(kind, monkeypatch):
     monkeypatch.setattr(steps, "offered", lambda device: (FAMILY,))

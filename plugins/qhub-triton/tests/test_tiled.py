@@ -126,9 +126,49 @@ def test_signed(config):
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
-def test_parts_of_a_sum_come_out_the_same(split):
+@pytest.mark.parametrize("k", [640, 1024])
+def test_parts_of_a_sum_come_out_the_same(split, k):
+    # Five blocks in four parts of two are three parts.
     config = {**MANY, "split": split}
-    check(affine(4, k=1024), 20, config=config)
+    check(affine(4, k=k), 20, config=config)
+
+
+@pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
+def test_groups_whose_weights_are_all_the_same(config):
+    """A scale of 0 leaves the offset; zeros far from all codes are less by more than 16 bits hold."""
+    layout = affine(4, group=64, zero="offset", zero_point=0.0)
+    parts = made(layout)
+    parts["scales"][::3] = 0.0
+    check(layout, 5, config=config, parts=parts)
+    layout = affine(4, group=64, zero="value", zero_point=0.0)
+    parts = made(layout)
+    parts["zeros"][::5] = 300.0
+    parts["zeros"][1::5] = -250.7
+    check(layout, 5, config=config, parts=parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("point", [0, 1, 2.0**-1, None], ids=str)
+def test_error_is_that_of_a_dense_product(bits, dtype, stored, point):
+    """Scales of any dtype lose nothing but what rounding the weight does."""
+    layout = affine(bits, zero_point=2.0 ** (bits - 1) if point is None else point)
+    parts = made(layout)
+    # Down to where float16 begins to lose digits, of scales as of weights.
+    least = -4 if dtype == torch.float16 else -9
+    spread = torch.linspace(least, 0, parts["scales"].numel(), device=DEVICE).reshape(parts["scales"].shape)
+    parts["scales"] = (10.0**spread).to(stored)
+    weight = layout.dequantize(parts, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(32, layout.in_features, generator=generator).to(DEVICE, dtype)
+    wanted = x.double() @ weight.double().T
+    dense = (x.double() @ weight.to(dtype).double().T).to(dtype).double()
+    tiled, own = Tiled.arrange(layout, parts)
+    found = linear(x, tiled, own, None, MANY).double()
+    # Each output by itself: a large scale of one row must not hide the small one of another.
+    usual, error = (float(((one - wanted).norm(dim=0) / wanted.norm(dim=0)).mean()) for one in (dense, found))
+    assert error < 1.2 * usual
 
 
 @pytest.mark.parametrize("block_m", [8, 16, 32])

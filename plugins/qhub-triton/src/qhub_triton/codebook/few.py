@@ -11,7 +11,8 @@ from qhub.layouts import Codebook, Parts
 from qhub_triton.codebook.fragments import MASKS, fragments_kernel, shapes
 from qhub_triton.codebook.lattice import Words, words_of
 from qhub_triton.codebook.tabulated import BLOCKS, tabulated_kernel, tabulated_shapes
-from qhub_triton.launch import Launch
+from qhub_triton.launch import Launch, processors, stream_of
+from qhub_triton.tiled.counters import SIZE, counters, prepare
 
 __all__ = ["Few", "few_of"]
 
@@ -49,7 +50,12 @@ def _version(part: Tensor) -> int:
 
 
 class Few:
-    """Holds one weight's arguments. ``tabulates``: whether one row of input is multiplied by tables."""
+    """Holds one weight's arguments. ``tabulates``: whether one row of input is multiplied by tables.
+
+    ``plan``: warps and rows, in 16, of a program of fragments. ``tables``: rows and warps of a tabulating program, the
+    codes of how many neighbouring blocks a lane reads at once (1 or 2), how many programs share a multiprocessor's
+    registers, whether both tables lie in shared memory together.
+    """
 
     def __init__(
         self, layout: Codebook, parts: Parts, words: Words | None, books: Tensor | None, config: dict[str, Any]
@@ -58,12 +64,15 @@ class Few:
         self.version = _version(parts["codebooks"])
         self.n, self.blocks = layout.out_features, layout.in_features // _WIDTH
         self.index = parts["codes"].device.index or 0
-        self.processors = torch.cuda.get_device_properties(parts["codes"].device).multi_processor_count
-        self.tabulates = words is None and layout.nbits == (8, 8) and config.get("tables") is not False
+        self.processors = processors(parts["codes"].device)
         warps, tall = self._fragments()
-        self.warps, self.tall = config.get("warps", warps), config.get("tall", tall)
+        self.plan: tuple[int, int] = config.get("warps", warps), config.get("tall", tall)
         chosen = config.get("tables")
         self.tables = tuple(chosen) if isinstance(chosen, (list, tuple)) else self._tables()
+        self.tabulates = words is None and layout.nbits == (8, 8) and chosen is not False
+        if self.tabulates:
+            prepare(parts["codes"].device)
+            self.tabulates = self.blocks <= BLOCKS or -(-self.n // self.tables[0]) <= SIZE
         self.launches: dict[Any, Launch] = {}
 
     def stale(self) -> bool:
@@ -87,7 +96,7 @@ class Few:
         ``sums`` (M, count, 2): what the inputs add up to, for words.
         """
         m, layout, words = x.shape[0], self.layout, self.words
-        warps, tall, wide = self.warps, self.tall, 8 if m <= 8 else 16
+        (warps, tall), wide = self.plan, 8 if m <= 8 else 16
         codes, pack = self._packed()
         count = 1 if sums is None else sums.shape[1]
         key = (wide, overlap, x.data_ptr() % 16)
@@ -111,36 +120,53 @@ class Few:
         )  # fmt: skip
         return out
 
-    def tabulated(self, x: Tensor, overlap: bool) -> Tensor:
-        """Return x (1, K) times the stored matrix, (splits, 1, N) float32."""
-        rows, turns, warps, ahead, merged = self.tables
-        slabs = -(-self.blocks // BLOCKS)
-        key = (x.dtype, overlap, x.data_ptr() % 16)
+    def tabulated(self, x: Tensor, bias: Tensor | None, scale_rows: int, overlap: bool) -> Tensor:
+        """Return x (1, K) times the weight, scales and ``bias`` (N,) with it, (1, N) in x's dtype.
+
+        ``scale_rows``: rows that share a scale.
+        """
+        rows, warps, pack, beside, merged = self.tables
+        tiles, splits = -(-self.n // rows), -(-self.blocks // (BLOCKS * pack))
+        aligned = x.data_ptr() % 16 == 0 and (bias is None or bias.data_ptr() % 16 == 0)
+        key = (x.dtype, overlap, aligned, bias is not None)
         launch = self.launches.get(key)
         if launch is None:
             constants = {
-                "BN": rows, "TURNS": turns, "AHEAD": ahead, "MERGED": merged,
-                "EVEN": self.n % (rows * turns) == 0 == self.blocks % BLOCKS, "OVERLAP": overlap,
-                **tabulated_shapes(warps),
+                "BLOCKS": self.blocks, "PACK": pack, "SPLITS": splits, "BN": rows, "MERGED": merged,
+                "EVEN": self.n % rows == 0 == self.blocks % (BLOCKS * pack), "HAS_BIAS": bias is not None,
+                "OVERLAP": overlap, **tabulated_shapes(rows, warps, splits),
             }  # fmt: skip
-            extra = {"launch_pdl": True} if overlap else {}
+            # Registers of a multiprocessor, shared out to the programs that are to work on it side by side.
+            extra = {"maxnreg": min(255, 65536 // (32 * warps * beside)), **({"launch_pdl": True} if overlap else {})}
             launch = self.launches[key] = Launch(tabulated_kernel, constants, {"num_warps": warps, **extra})
-        partial = torch.empty(slabs, 1, self.n, dtype=torch.float32, device=x.device)
+        y = torch.empty(1, self.n, dtype=x.dtype, device=x.device)
+        shares, arrived = self.books, self.books
+        if splits > 1:
+            shares = torch.empty(tiles * splits * rows, dtype=torch.float32, device=x.device)
+            arrived = counters(x.device, stream_of(self.index))
+        codes = self.parts["codes"].flatten(-2).view(_WORDS[2 * pack])
         launch(
-            (-(-self.n // (rows * turns)), slabs, 1), self.index, x, self.books,
-            self.parts["codes"].view(torch.int16), partial, self.n, self.blocks,
+            (tiles * splits, 1, 1), self.index, x, self.books, codes, self.parts["scales"], x if bias is None else bias,
+            y, shares, arrived, self.n, scale_rows,
         )  # fmt: skip
-        return partial
+        return y
 
     def _fragments(self) -> tuple[int, int]:
-        """Return warps and rows, in 16, of a program of fragments: few tall programs where there are enough of them,
-        more warps for each where rows are few and long. Measured on an H100."""
-        programs = -(-self.n // 16)
-        if programs < 4 * self.processors and self.blocks >= 1024:
-            return 8, 1
-        return 4, 2 if programs >= 4 * self.processors - 16 else 1
+        """Return warps and rows, in 16, of a program of fragments. Measured on an H100 with 1 row of input.
+
+        Small programs where there are several for each processor. Else more warps for each; words of one book leave
+        registers for 32 rows, two books do not.
+        """
+        if self.blocks < 8 * 32:
+            return 4, 1
+        if -(-self.n // 16) >= 3 * self.processors:
+            return 4, 1 if self.words is not None else 2
+        return 8, 2 if self.words is not None and self.words.kind == 1 else 1
 
     def _tables(self) -> tuple[int, int, int, int, bool]:
-        """Return rows at a time, turns and warps of a tabulating program, turns that codes are read ahead, and whether
-        both tables lie in shared memory."""
-        return 256, 1, 16, 1, False
+        """Return a tabulating program. Measured on an H100."""
+        rows = 512
+        programs = -(-self.n // rows) * -(-self.blocks // (2 * BLOCKS))
+        # Two blocks for one sum over lanes, where there are programs for all processors then.
+        pack = 2 if self.blocks % 2 == 0 and programs >= self.processors else 1
+        return rows, 16, pack, 1, False

@@ -179,12 +179,24 @@ def fragments_kernel(
     xj = gl.expand_dims(_at(8, 2, gl.SliceLayout(0, LX)), 0)
     vj = gl.expand_dims(_at(8, 2, gl.SliceLayout(0, LV)), 0)
     xat = (xm * blocks + xb) * 8 + xj
-    acc = gl.zeros([W, ROWS, MX], gl.float32, MMA)
-    acc2 = gl.zeros([W, ROWS, MX], gl.float32, MMA)
+    # Offsets make sums of words large, and matrix units cut off what a large sum has no place for: their chains end
+    # after 32 blocks, and are added up with rounding, so that the error is the same for any K.
+    zero = gl.zeros([W, ROWS, MX], gl.float32, MMA)
+    acc, chain = zero, zero
+    acc2, chain2 = zero, zero
     code = _codes(codes, at, (word < words) & (row >= 0), PACK, EVEN)
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
+    if KIND > 0:
+        # Sums of the inputs, of those offset by 256 and of the others in turn: a row of them for each warp.
+        LT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
+        row_of = gl.expand_dims(gl.arange(0, MX, gl.SliceLayout(1, LT)), 1)
+        place = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, LT)), 0)
+        line = sums + row_of * (count * 2) + place
+        added = gl.load(line, mask=(row_of < m_rows) & (place < count * 2), other=0.0)
+        for start in range(128, count * 2, 128):
+            added += gl.load(line + start, mask=(row_of < m_rows) & (place + start < count * 2), other=0.0)
     for start in range(0, part, 32):
         now = code
         known = (xm < m_rows) & (xb + start < blocks) & (xj >= 0)
@@ -203,7 +215,8 @@ def fragments_kernel(
             found = _word(books, _fields(now, 8, 8, 256, PACK, W, ROWS, LC), size)
             found ^= _word(signs, _fields(now, 0, 8, 256, PACK, W, ROWS, LC), size)
             v = _in_order(_numbers(found.to(gl.uint32, bitcast=True), masks, W, ROWS), W, ROWS)
-            acc = mma_v2(gl.convert_layout(v, LA, assert_trivial=True), b, acc)
+            acc += chain
+            chain = mma_v2(gl.convert_layout(v, LA, assert_trivial=True), b, zero)
             if KIND > 1:
                 if KIND == 2:
                     found = _word(second, _fields(now, 24, 8, 256, PACK, W, ROWS, LC), size)
@@ -211,22 +224,20 @@ def fragments_kernel(
                 else:
                     found = _word(second, _fields(now, 16, 8, 256, PACK, W, ROWS, LC), size)
                 v = _in_order(_numbers(found.to(gl.uint32, bitcast=True), masks, W, ROWS), W, ROWS)
-                acc2 = mma_v2(gl.convert_layout(v, LA, assert_trivial=True), b, acc2)
+                acc2 += chain2
+                chain2 = mma_v2(gl.convert_layout(v, LA, assert_trivial=True), b, zero)
     LY: gl.constexpr = gl.SliceLayout(0, MMA)
-    y = gl.sum(acc, 0)
-    if KIND > 0:
-        # Sums of the inputs: of those offset by 256, and of the others.
+    if KIND == 0:
+        y = gl.sum(acc, 0)
+    else:
+        y = gl.sum(acc + chain, 0)
         LS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, MMA))
-        line = gl.arange(0, MX, LS)
-        far = gl.zeros([MX], gl.float32, LS)
-        near = gl.zeros([MX], gl.float32, LS)
-        for i in range(count):
-            far += gl.load(sums + (line * count + i) * 2, mask=line < m_rows, other=0.0)
-            near += gl.load(sums + (line * count + i) * 2 + 1, mask=line < m_rows, other=0.0)
+        far = gl.convert_layout(gl.sum(gl.where(place % 2 < 1, added, 0.0), 1), LS)
+        near = gl.convert_layout(gl.sum(gl.where(place % 2 >= 1, added, 0.0), 1), LS)
         y = STEPS[0] * (y - gl.expand_dims((256.0 + ZEROS[0]) * far + (16.0 + ZEROS[0]) * near, 0))
         if KIND > 1:
             away = gl.expand_dims((256.0 + ZEROS[1]) * far + (16.0 + ZEROS[1]) * near, 0)
-            y += STEPS[1] * (gl.sum(acc2, 0) - away)
+            y += STEPS[1] * (gl.sum(acc2 + chain2, 0) - away)
     n = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LY))
     m = gl.arange(0, MX, gl.SliceLayout(0, LY))
     n = gl.expand_dims(n, 1)

@@ -48,7 +48,7 @@ def bind(
 
     ``config``, all optional: ``few``: rows of input up to which vectors are looked up; ``native``: False for the
     portable kernels on any GPU; ``warps``, ``tall``: of a program of fragments; ``tables``: a program of tables, see
-    :meth:`qhub_triton.codebook.few.Few.tabulated`, or False for fragments instead.
+    :class:`qhub_triton.codebook.few.Few`, or False for fragments instead.
     """
     assert isinstance(layout, Codebook)
     return Product(layout, parts, dtype, config or {})
@@ -155,21 +155,20 @@ class Product:
         few = self.few
         if few is not None and few.stale():
             few = self.few = _few(self.layout, self.parts, self.config)
+        if few is not None and m == 1 and few.tabulates and inputs.idle and outputs.idle:
+            return few.tabulated(x, bias, self.found.scale_rows, overlap)
         lengths: Tensor | None = None
         sums: Tensor | None = None
-        if few is not None and m == 1 and few.tabulates and inputs.idle:
-            partial = few.tabulated(x, overlap)
+        if not inputs.idle or (few is not None and (few.words is not None or x.dtype != torch.float16)):
+            narrowed = torch.empty(m, self.k, dtype=torch.float16, device=x.device)
+            lengths = torch.empty(m, dtype=torch.float32, device=x.device)
+            sums = torch.empty(m, self.inputs.programs, 2, dtype=torch.float32, device=x.device)
+            self.inputs(x, narrowed, lengths, sums, None, None, 1, overlap)
+            x = narrowed
+        if m > self.few_rows:
+            partial = self._dense(x)
         else:
-            if not inputs.idle or (few is not None and (few.words is not None or x.dtype != torch.float16)):
-                narrowed = torch.empty(m, self.k, dtype=torch.float16, device=x.device)
-                lengths = torch.empty(m, dtype=torch.float32, device=x.device)
-                sums = torch.empty(m, self.inputs.programs, 2, dtype=torch.float32, device=x.device)
-                self.inputs(x, narrowed, lengths, sums, None, None, 1, overlap)
-                x = narrowed
-            if m > self.few_rows:
-                partial = self._dense(x)
-            else:
-                partial = self._portable(x) if few is None else few.fragments(x, sums, overlap)
+            partial = self._portable(x) if few is None else few.fragments(x, sums, overlap)
         y = torch.empty(m, self.n, dtype=self.dtype, device=x.device)
         if outputs.idle:
             self._finish(partial, lengths, bias, y, scaled=True, overlap=overlap)
@@ -219,7 +218,8 @@ class Product:
     ) -> None:
         """Write the sum of ``partial`` (splits, M, N) to ``y`` (M, N), scaled and biased."""
         splits, m, n = partial.shape
-        key = ("finish", splits > 1, splits % 16 == 0, lengths is None, bias is None, y.dtype, scaled, overlap)
+        aligned = bias is None or bias.data_ptr() % 16 == 0
+        key = ("finish", splits > 1, lengths is None, bias is None, aligned, y.dtype, scaled, overlap)
         launch = self.launches.get(key)
         wide = 64 if splits > 1 else 256
         if launch is None:

@@ -59,7 +59,7 @@ def grouped_many(
             )  # fmt: skip
             acc = block_product(
                 acc, codes, picked, table, now, from_rows, valid, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE,
-                NATIVE, WHOLE, EARLY,
+                NATIVE, WHOLE, EARLY, scales.dtype.element_ty, NESTED,
             )  # fmt: skip
             pointer += 2048
             from_rows += P * 32

@@ -15,7 +15,7 @@ from qhub_triton.grouped.few import grouped_few
 from qhub_triton.grouped.many import grouped_many
 from qhub_triton.grouped.routing import Routes
 from qhub_triton.launch import Launch, native
-from qhub_triton.tiled.arguments import constants_of, tensors_of, whole_zeros
+from qhub_triton.tiled.arguments import constants_of, scaled_early, tensors_of, whole_zeros
 
 __all__ = ["Product", "block_of", "refusal"]
 
@@ -112,5 +112,5 @@ class Product:
         block_n = 128 if routes.block == 128 else 64
         stages = 4 if routes.block <= 64 else 3
         constants |= {"WHOLE": self.whole, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
-        constants["EARLY"] = routes.block == 128 or (constants["ZERO"] != 0 and not self.whole)
+        constants["EARLY"] = scaled_early(self.layout, self.whole)
         return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n

@@ -12,12 +12,25 @@ from qhub.layouts.tiled import Tiled
 from qhub_triton.launch import native
 from qhub_triton.tiled import decode
 
-__all__ = ["bytes_of", "constants_of", "tensors_of", "whole_zeros"]
+__all__ = ["bytes_of", "constants_of", "scaled_early", "tensors_of", "whole_zeros"]
 
 
 def whole_zeros(layout: Tiled, parts: Parts) -> bool:
     """Return whether the zeros that codes are less by are whole numbers."""
     return getattr(layout.of, "zero", None) == "value" and not parts["zeros"].is_floating_point()
+
+
+def scaled_early(layout: Tiled, whole: bool) -> bool:
+    """Return whether weights are scaled before the product for many rows, not the product after it.
+
+    Nested scales are put together a block ahead, which only the latter waits for. ``whole``: :func:`whole_zeros`; other
+    zeros are rounded once only together with their scales.
+    """
+    nested = layout.scale_tensors()
+    fractional = not whole
+    if getattr(layout.of, "zero", "constant") == "constant":
+        fractional = getattr(layout.of, "zero_point", 0.0) % 1 != 0
+    return fractional or not any(nested.values())
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
 from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
-from qhub_triton.tiled.arguments import constants_of, tensors_of, whole_zeros
+from qhub_triton.tiled.arguments import constants_of, scaled_early, tensors_of, whole_zeros
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
@@ -117,7 +117,7 @@ class Product:
         constants |= {
             "WHOLE": whole, "SPLIT": chosen.split,
             "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
-            "EARLY": chosen.early or (constants["ZERO"] != 0 and not whole),
+            "EARLY": scaled_early(self.layout, whole),
         }  # fmt: skip
         if chosen.registers and native(self.device):
             options["maxnreg"] = chosen.registers

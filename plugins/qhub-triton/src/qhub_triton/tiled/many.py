@@ -86,7 +86,7 @@ def many(
             )  # fmt: skip
         acc = block_product(
             acc, codes, picked, table, now, source, m < M, block, K, BITS, KIND, GROUP, ZERO, ZERO_POINT, DTYPE, NATIVE,
-            WHOLE, EARLY,
+            WHOLE, EARLY, scales.dtype.element_ty, NESTED,
         )  # fmt: skip
         if AHEAD:
             now = later

@@ -28,8 +28,9 @@ def offers() -> list[KernelSpec]:
             tunables="qhub_triton.tiled.linear:tunables",
             # A row each for the two kernels and the two block sizes.
             probes=(1, 3, 20, 70, 130),
-            cost=Cost(bandwidth=0.75, rate=0.6, unit="half", tile=16, launch=3e-6),
+            cost=Cost(bandwidth=0.75, rate=0.7, unit="half", tile=16, launch=3e-6),
             packages=("triton",),
             rank=30,
+            version=2,
         )
     ]

@@ -36,7 +36,6 @@ class Many:
     block_m: int
     split: int
     stages: int
-    early: bool = False
     overlap: bool = True
     registers: int = 0
 
@@ -57,26 +56,30 @@ def plan(n: int, blocks: int, m: int, processors: int) -> Few | Many:
 
     ``blocks``: of a row. A rule drawn from measurements on an H100; a table of measurements goes before it.
     """
-    if m <= 8:
-        pairs = -(-n // 32)
-        if pairs >= 3 * processors:
-            return Few(4, 2, 2, 8)
-        if pairs >= 1.5 * processors or blocks <= 32:
-            return Few(8, 2, 2, 8)
-        return Few(16, 1, 1, 8)
-    if m <= 32:
-        if m > 16 and n >= 90 * processors:
-            return within(Many(8, 128, 32, 2, 3), blocks)
-        # Four to seven small programs for each processor.
-        split = _doubled(-(-n // 64), 7 * processors, 8)
-        wide = -(-n // 64) * split > 6 * processors
-        return within(Many(4, 64, 16 if m <= 16 else 32, split, 4 if m <= 16 else 3, overlap=wide), blocks)
-    tiles = -(-n // 128)
+    tall, short = -(-n // 128), -(-n // 64)
+    # Small weights: smaller programs, and fewer parts of their short rows.
+    small = blocks <= 32 and short <= processors // 2
+    if m <= 4 and small:
+        return Few(8, 2, 2, 8)
+    if m <= 16:
+        # Four programs of 64 rows for each processor.
+        split = _doubled(short, 4 * processors, 4 if small else 8)
+        return within(Many(4, 64, 8 if m <= 8 else 16, split, 4, overlap=False), blocks)
+    if small and m <= 32:
+        return within(Many(4, 64, 32, 4, 3, overlap=False), blocks)
+    if small and m <= 64:
+        return within(Many(4, 64, 64, 4, 4), blocks)
     if m <= 64:
-        return within(Many(8, 128, 64, _doubled(tiles, 2 * processors, 4), 3), blocks)
+        return within(Many(8, 128, 32 if m <= 32 else 64, _doubled(tall, 2 * processors, 8), 4), blocks)
     if m <= 128:
-        return within(Many(8, 128, 128, _doubled(tiles, processors, 4), 3, early=tiles > 1.5 * processors), blocks)
-    return within(Many(8, 128, 128, 1, 3, early=True), blocks)
+        if tall > processors:
+            return Many(16, 256, 128, 1, 4, registers=128)
+        return within(Many(8, 128, 64, _doubled(2 * tall, 2 * processors, 4), 3, registers=128), blocks)
+    if tall * -(-m // 128) <= processors:
+        if blocks < 64:
+            return Many(8, 128, 128, 1, 3)
+        return within(Many(8, 128, 128, 2, 3, registers=128), blocks)
+    return Many(8, 128, 256, 1, 3)
 
 
 def _doubled(tiles: int, most: int, limit: int) -> int:
@@ -97,19 +100,27 @@ def within(chosen: Few | Many, blocks: int) -> Few | Many:
 
 def candidates(n: int, blocks: int, m: int, processors: int) -> list[Few | Many]:
     """Return the plans that are worth measuring, those near the rule's."""
-    found: list[Few | Many] = [plan(n, blocks, m, processors)]
+    chosen = plan(n, blocks, m, processors)
+    found: list[Few | Many] = [chosen]
+    splits = (1, 2, 4, 8)
+    if isinstance(chosen, Many):
+        splits = tuple(s for s in (chosen.split // 2, chosen.split, chosen.split * 2) if 1 <= s <= 8)
     if m <= 8:
-        found += [Few(w, t, a, 8) for w, t, a in ((4, 2, 2), (8, 2, 2), (8, 1, 2), (16, 1, 1), (4, 1, 2))]
+        found += [Few(8, 2, 2, 8), Few(4, 2, 2, 8), Few(16, 1, 1, 8)]
+        found += [Many(4, 64, 8, split, 6, overlap=False) for split in splits]
+    if m <= 16:
+        rows = 8 if m <= 8 else 16
+        found += [Many(4, 64, rows, split, 4, overlap=False) for split in splits]
+        found += [Many(8, 128, 16, split, 4) for split in splits]
     elif m <= 32:
-        rows, stages = (16, 4) if m <= 16 else (32, 3)
-        found += [
-            Many(4, 64, rows, split, stages, False, overlap) for split in (1, 2, 4, 8) for overlap in (False, True)
-        ]
-        found += [Many(8, 128, rows, split, 3) for split in (1, 2, 4)]
+        found += [Many(8, 128, 32, split, 4) for split in splits]
+        found += [Many(4, 64, 32, split, 3, overlap=False) for split in splits]
+    elif m <= 64:
+        found += [Many(8, 128, 64, split, 4) for split in splits] + [Many(4, 64, 64, split, 4) for split in splits]
     elif m <= 128:
-        rows = 64 if m <= 64 else 128
-        found += [Many(8, 128, rows, split, 3, early) for split in (1, 2, 4) for early in (False, True)]
-        found += [Many(4, 64, rows, split, 3) for split in (2, 4)]
+        found += [Many(8, 128, 64, split, 3, registers=128) for split in splits]
+        found += [Many(16, 256, 64, 1, 3), Many(16, 256, 128, 1, 4, registers=128)]
+        found += [Many(8, 128, 128, split, 3, registers=128) for split in splits]
     else:
-        found += [Many(8, 128, 128, 1, 3, early) for early in (False, True)]
+        found += [Many(8, 128, 256, 1, 3), Many(8, 128, 128, 1, 3, registers=128), Many(8, 128, 128, 1, 3)]
     return list(dict.fromkeys(within(one, blocks) for one in found))
