@@ -27,6 +27,7 @@ def offers() -> list[KernelSpec]:
             transforms=True,
             accepts="qhub_triton.codebook.reading:accepts",
             rank=30,
+            version=2,
             probes=(1, 3, 17),
             packages=("triton",),
         ),

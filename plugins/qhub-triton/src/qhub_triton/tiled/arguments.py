@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhub.layouts import Float8, Nested, Parts
+from qhub.layouts import Float8, Lookup, Nested, Parts
 from qhub.layouts.tiled import Tiled
 from qhub_triton.launch import native
 from qhub_triton.tiled import decode
+from qhub_triton.tiled.plans import Size
 
-__all__ = ["bytes_of", "constants_of", "scaled_early", "tensors_of", "whole_zeros"]
+__all__ = ["bytes_of", "constants_of", "scaled_early", "size_of", "tensors_of", "whole_zeros"]
 
 
 def whole_zeros(layout: Tiled, parts: Parts) -> bool:
@@ -31,6 +32,13 @@ def scaled_early(layout: Tiled, whole: bool) -> bool:
     if getattr(layout.of, "zero", "constant") == "constant":
         fractional = getattr(layout.of, "zero_point", 0.0) % 1 != 0
     return fractional or not any(nested.values())
+
+
+def size_of(layout: Tiled, processors: int) -> Size:
+    """Return what plans are made by."""
+    plain = getattr(layout.of, "zero", "constant") == "constant" and not isinstance(layout.of, Lookup)
+    light = plain and not any(layout.scale_tensors().values())
+    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors, light)
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:

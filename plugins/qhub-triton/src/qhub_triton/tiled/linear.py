@@ -13,7 +13,7 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
 from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
-from qhub_triton.tiled.arguments import constants_of, scaled_early, tensors_of, whole_zeros
+from qhub_triton.tiled.arguments import constants_of, scaled_early, size_of, tensors_of, whole_zeros
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
@@ -29,8 +29,7 @@ def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]
     """Return the plans worth measuring for ``m`` rows of input, by name."""
     layout = problem.layout
     assert isinstance(layout, Tiled)
-    count = processors(parts["qweight"].device)
-    found = [config_of(one) for one in candidates(layout.out_features, layout.blocks, m, count)]
+    found = [config_of(one) for one in candidates(size_of(layout, processors(parts["qweight"].device)), m)]
     return {"-".join(str(value) for value in one.values()): one for one in found}
 
 
@@ -61,7 +60,7 @@ class Product:
         if self.device.type == "cuda":
             self.index = self.device.index or 0
             prepare(self.device)
-        self.processors = processors(self.device)
+        self.size = size_of(layout, processors(self.device))
         self.tensors = tensors_of(layout, parts, dtype)
         self.constants = constants_of(layout, parts)
         self.overlaps = self.index >= 0 and overlaps(self.device)
@@ -101,7 +100,7 @@ class Product:
         return y
 
     def _launch(self, m: int, biased: bool, overlap: bool) -> tuple[Few | Many, Launch]:
-        chosen = within(self.chosen or plan(self.n, self.blocks, m, self.processors), self.blocks)
+        chosen = within(self.chosen or plan(self.size, m), self.size)
         overlap = overlap and chosen.overlap
         if isinstance(chosen, Many) and -(-self.n // chosen.block_n) * -(-m // chosen.block_m) > SIZE:
             chosen = replace(chosen, split=1)

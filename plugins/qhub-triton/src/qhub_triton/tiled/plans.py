@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Few", "Many", "candidates", "config_of", "plan", "plan_of", "within"]
+__all__ = ["Few", "Many", "Size", "candidates", "config_of", "plan", "plan_of", "within"]
+
+# Bytes of shared memory that the stages of a program may take: an H100 has 227 KiB of it for one.
+_SHARED = 224 << 10
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,21 @@ class Many:
     registers: int = 0
 
 
+@dataclass(frozen=True)
+class Size:
+    """Is a weight of ``n`` rows on a GPU of ``processors``.
+
+    ``blocks``: of a row; ``depth``: weights of a row in a block. ``light``: a code becomes a weight in a few
+    instructions; where it is looked up or has a zero, widening costs more than reading.
+    """
+
+    n: int
+    blocks: int
+    depth: int
+    processors: int
+    light: bool
+
+
 def plan_of(config: dict[str, Any]) -> Few | Many:
     """Return the plan that ``config``, plain data, describes."""
     own = dict(config)
@@ -51,35 +69,41 @@ def config_of(plan: Few | Many) -> dict[str, Any]:
     return {"kernel": type(plan).__name__.lower(), **asdict(plan)}
 
 
-def plan(n: int, blocks: int, m: int, processors: int) -> Few | Many:
-    """Return a plan for an output of ``n`` columns and ``m`` rows on a GPU of ``processors``.
+def plan(size: Size, m: int) -> Few | Many:
+    """Return a plan for ``m`` rows of input.
 
-    ``blocks``: of a row. A rule drawn from measurements on an H100; a table of measurements goes before it.
+    A rule drawn from measurements on an H100; a table of measurements goes before it.
     """
+    n, blocks, processors = size.n, size.blocks, size.processors
     tall, short = -(-n // 128), -(-n // 64)
     # Small weights: smaller programs, and fewer parts of their short rows.
     small = blocks <= 32 and short <= processors // 2
-    if m <= 4 and small:
+    if m <= 8 and not size.light:
+        pairs = -(-n // 32)
+        if pairs >= 3 * processors:
+            return Few(4, 2, 2, 8)
+        return Few(8, 2, 2, 8) if pairs >= 1.5 * processors or blocks <= 32 else Few(16, 1, 1, 8)
+    if m <= 2 and small:
         return Few(8, 2, 2, 8)
     if m <= 16:
         # Four programs of 64 rows for each processor.
         split = _doubled(short, 4 * processors, 4 if small else 8)
-        return within(Many(4, 64, 8 if m <= 8 else 16, split, 4, overlap=False), blocks)
+        return within(Many(4, 64, 8 if m <= 8 else 16, split, 4, overlap=False), size)
     if small and m <= 32:
-        return within(Many(4, 64, 32, 4, 3, overlap=False), blocks)
+        return within(Many(4, 64, 32, 4, 3, overlap=False), size)
     if small and m <= 64:
-        return within(Many(4, 64, 64, 4, 4), blocks)
+        return within(Many(4, 64, 64, 4, 4), size)
     if m <= 64:
-        return within(Many(8, 128, 32 if m <= 32 else 64, _doubled(tall, 2 * processors, 8), 4), blocks)
+        return within(Many(8, 128, 32 if m <= 32 else 64, _doubled(tall, 2 * processors, 8), 4), size)
     if m <= 128:
         if tall > processors:
-            return Many(16, 256, 128, 1, 4, registers=128)
-        return within(Many(8, 128, 64, _doubled(2 * tall, 2 * processors, 4), 3, registers=128), blocks)
+            return within(Many(16, 256, 128, 1, 4, registers=128), size)
+        return within(Many(8, 128, 64, _doubled(2 * tall, 2 * processors, 4), 3, registers=128), size)
     if tall * -(-m // 128) <= processors:
         if blocks < 64:
-            return Many(8, 128, 128, 1, 3)
-        return within(Many(8, 128, 128, 2, 3, registers=128), blocks)
-    return Many(8, 128, 256, 1, 3)
+            return within(Many(8, 128, 128, 1, 3), size)
+        return within(Many(8, 128, 128, 2, 3, registers=128), size)
+    return within(Many(8, 128, 256, 1, 3), size)
 
 
 def _doubled(tiles: int, most: int, limit: int) -> int:
@@ -90,19 +114,28 @@ def _doubled(tiles: int, most: int, limit: int) -> int:
     return split
 
 
-def within(chosen: Few | Many, blocks: int) -> Few | Many:
-    """Return ``chosen`` with no more parts than get a block each."""
-    if isinstance(chosen, Many):
-        each = -(-blocks // max(1, min(chosen.split, blocks)))
-        return replace(chosen, split=-(-blocks // each))
+def within(chosen: Few | Many, size: Size) -> Few | Many:
+    """Return ``chosen`` with no more parts than get a block each, and no more than shared memory holds."""
+    if not isinstance(chosen, Many):
+        return chosen
+    each = -(-size.blocks // max(1, min(chosen.split, size.blocks)))
+    chosen = replace(chosen, split=-(-size.blocks // each))
+    # A stage: a block of inputs in 16 bits, and the words of a block of weights.
+    while chosen.stages * (chosen.block_m * size.depth * 2 + chosen.block_n * 64) > _SHARED:
+        if chosen.stages > 2:
+            chosen = replace(chosen, stages=chosen.stages - 1)
+        elif chosen.block_m > 16:
+            chosen = replace(chosen, block_m=chosen.block_m // 2)
+        else:
+            break
     return chosen
 
 
-def candidates(n: int, blocks: int, m: int, processors: int) -> list[Few | Many]:
+def candidates(size: Size, m: int) -> list[Few | Many]:
     """Return the plans that are worth measuring, those near the rule's."""
-    chosen = plan(n, blocks, m, processors)
+    chosen = plan(size, m)
     found: list[Few | Many] = [chosen]
-    splits = (1, 2, 4, 8)
+    splits: tuple[int, ...] = (1, 2, 4, 8)
     if isinstance(chosen, Many):
         splits = tuple(s for s in (chosen.split // 2, chosen.split, chosen.split * 2) if 1 <= s <= 8)
     if m <= 8:
@@ -123,4 +156,4 @@ def candidates(n: int, blocks: int, m: int, processors: int) -> list[Few | Many]
         found += [Many(8, 128, 128, split, 3, registers=128) for split in splits]
     else:
         found += [Many(8, 128, 256, 1, 3), Many(8, 128, 128, 1, 3, registers=128), Many(8, 128, 128, 1, 3)]
-    return list(dict.fromkeys(within(one, blocks) for one in found))
+    return list(dict.fromkeys(within(one, size) for one in found))
