@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +11,9 @@ __all__ = ["quantize_rows"]
 
 
 @triton.jit
-def _quantize(x: Any, codes: Any, scales: Any, k: int, block: tl.constexpr) -> None:
+def _quantize(x, codes, scales, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, block)
+    at = tl.arange(0, BLOCK)
     inside = at < k
     value = tl.load(x + row * k + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(value), 0) / 448.0, 1e-12)

@@ -44,12 +44,13 @@ def copies_for(nbytes: float, most: int = 40) -> int:
 def capture(call: Call, copies: int, ms: float = 1.0, warmup: int = 3) -> Replay:
     """Return a graph of at least ``ms`` milliseconds of calls ``call(i)``, i running over ``copies`` weights.
 
-    The first calls are made eagerly (compilation, tuning, workspaces); two quick replays say how many calls are needed.
+    The first calls, each copy's too, are made eagerly (compilation, tuning, workspaces, what is looked at once for each
+    weight); two quick replays say how many calls are needed.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
-        for index in range(max(warmup, 1)):
+        for index in range(max(warmup, copies)):
             call(index % copies)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()

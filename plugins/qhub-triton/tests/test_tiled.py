@@ -156,7 +156,7 @@ def test_error_is_that_of_a_dense_product(bits, dtype, stored, point):
     layout = affine(bits, zero_point=2.0 ** (bits - 1) if point is None else point)
     parts = made(layout)
     # Down to where float16 begins to lose digits, of scales as of weights.
-    least = -4 if dtype == torch.float16 else -9
+    least = -4 if torch.float16 in (dtype, stored) else -9
     spread = torch.linspace(least, 0, parts["scales"].numel(), device=DEVICE).reshape(parts["scales"].shape)
     parts["scales"] = (10.0**spread).to(stored)
     weight = layout.dequantize(parts, torch.float32)
