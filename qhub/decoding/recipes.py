@@ -27,9 +27,11 @@ __all__ = [
     "agree",
     "attention",
     "calls_of",
+    "difference",
     "gated_mlp",
     "norm",
     "projections",
+    "tolerance",
     "tried",
 ]
 
@@ -113,8 +115,17 @@ def agree(found: Tensor, wanted: Tensor, slack: float = 1.0) -> bool:
     """Return whether two results of one part are equal up to the rounding of their dtype."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
-    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
-    return bool(error <= slack * _TOLERANCE.get(wanted.dtype, 1e-4))
+    return difference(found, wanted) <= slack * tolerance(wanted.dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far two results of one part may differ, as a share of their length."""
+    return _TOLERANCE.get(dtype, 1e-4)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Return how far ``found`` is from ``wanted``, as a share of its length; not a number where either holds none."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
 def norm(module: nn.Module, call: Call) -> tuple[Tensor, NormRule] | None:

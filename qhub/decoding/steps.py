@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qhub.decoding import layers as fusing
 from qhub.decoding.operations import offered
-from qhub.decoding.recipes import JoinedLayers, State, agree, calls_of
+from qhub.decoding.recipes import JoinedLayers, State, calls_of, difference, tolerance
+from qhub.decoding.rounding import rounded_outputs
 
 __all__ = ["MOST_ENDS", "StaticStep"]
 
@@ -24,6 +25,9 @@ logger = logging.getLogger("qhub")
 MOST_ENDS = 32
 # Slack of a whole model's logits over one part's: errors of some hundred roundings add up.
 _SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
+# Or as many times what one more rounding of every part moves them by, but no more than half their length: logits that
+# have nothing to do with each other are 1.4 lengths apart.
+_ROUNDINGS, _MOST = 3.0, 0.5
 
 
 def _static_layers(source: Any, capacity: int) -> list[Any]:
@@ -184,6 +188,9 @@ class StaticStep:
         with calls_of(self.model) as calls:
             plain = self._model().clone()
         self._place(self.capacity - 1)
+        with rounded_outputs(self.model):
+            moved = difference(self._model(), plain)
+        self._place(self.capacity - 1)
         forms, found = fusing.recognise(self.model, calls, offered(plain.device.type), self.state)
         fused_all = found["attentions"] == len(self.cache.layers)
         if fused_all:
@@ -201,8 +208,15 @@ class StaticStep:
         self._place(self.capacity - 1)
         self.tokens.copy_(self._probe_tokens)
         seen = self.advance(False)
-        if not agree(seen, plain, _SLACK.get(plain.dtype, 10.0)):
-            logger.info("qhub: the fused parts together do not compute what the model computes: left out")
+        error = difference(seen, plain)
+        limit = max(_SLACK.get(plain.dtype, 10.0) * tolerance(plain.dtype), min(_ROUNDINGS * moved, _MOST))
+        if not error <= limit:
+            logger.info(
+                "qhub: the fused parts together do not compute what the model computes: left out (logits differ by "
+                "%.2g of their length, a rounding of every part moves them by %.2g)",
+                error,
+                moved,
+            )
             self.forms, self.found, self.masks = {}, {}, None
             for layer in self.cache.layers:
                 layer.cumulative_length = self.state.position.clone()
