@@ -147,6 +147,6 @@ def error_ratio(cell: Cell, run: Run) -> float | None:
         ),
         None,
     )
-    if reference is None or not reference["error"]:
+    if reference is None or not reference["error"] or cell["error"] is None:
         return None
     return (cell["own_error"] if cell.get("own_error") is not None else cell["error"]) / reference["error"]

@@ -143,7 +143,7 @@ def _accuracy(runs: Sequence[Run]) -> list[Row]:
             if ratio is not None and ratio > worst.get(cell["contestant"], (0.0, (0, 0, 0)))[0]:
                 worst[cell["contestant"]] = ratio, (cell["n"], cell["k"], cell["m"])
     wrong = sum(1 for run in runs for cell in run["wrong"] if not cell["peer"])
-    what = "accuracy: error against float64 over cuBLAS's own, every layout and M"
+    what = "accuracy: error against float64 over cuBLAS's own on weights that are bf16 already, every layout and M"
     if not worst:
         return [Row(what, "at most 1.2", "not measured", None)]
     order = sorted(worst, key=lambda name: -worst[name][0])

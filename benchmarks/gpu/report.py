@@ -29,7 +29,7 @@ from benchmarks.gpu.cells import (
     value,
 )
 from benchmarks.gpu.goals import goal_rows
-from benchmarks.gpu.texts import HEAD, METHOD
+from benchmarks.gpu.texts import HEAD, METHOD, REST
 
 __all__ = ["document", "main"]
 
@@ -98,7 +98,7 @@ def errors_table(runs: Sequence[Run]) -> str:
     lines = []
     for name in contestants_of(runs):
         cells = [(cell, run) for run in runs for cell in run["cells"] if cell["contestant"] == name]
-        plain = max(cell["error"] for cell, _ in cells)
+        plain = max(cell["error"] for cell, _ in cells if cell["error"] is not None)
         own = [cell["own_error"] for cell, _ in cells if cell.get("own_error") is not None]
         ratios = [ratio for cell, run in cells if (ratio := error_ratio(cell, run)) is not None]
         lines.append(
@@ -217,7 +217,7 @@ def document(grid: Sequence[Run], end_to_end: dict[str, Any] | None, generate: d
     marks = {True: "met", False: "not met", None: "not measured"}
     rows = ([r.what, r.goal, r.measured, marks[r.met], r.gap] for r in goal_rows(grid, speeds))
     parts += ["## Goals", markdown(["what", "goal", "measured", "", "gap"], rows)]
-    parts += ["## Machine", machine_text(grid), control_text(grid)]
+    parts += [REST.strip(), "## Machine", machine_text(grid), control_text(grid)]
     rows_seen = [m for m in ROWS if any(cell["m"] == m for run in grid for cell in run["cells"])]
     parts += ["## Pictures"]
     parts += [f"![{title}](images/{name}.png)" for name, title in (

@@ -26,3 +26,41 @@ as the best peer of that cell with the same kind of weight; where nobody else ha
 within one run. Fraction of the roofline: the larger of packed weight bytes over the bandwidth and 2MNK over the bf16
 rate, both measured in the same run, over the time; the bandwidth is that of a copy or, where higher, that at which
 cuBLAS read a weight at M=1."""
+
+REST = """## What holds the rest
+
+**Accuracy.** cuBLAS's own error is that on weights which bf16 holds. A dense product of *dequantized* weights rounds
+them first; its error against float64 on the dequantized weights is 1.33 to 1.46 times that (2.2e-3 to 2.5e-3 for
+4-bit integers, with zeros, HQQ, NF4, int8; an H100, when the kernels were tuned). The tests of the kernels hold
+weights in tiles, and in bfloat16 codebooks, to 1.2 times that. Weights for many rows are scaled before the product,
+and so rounded once, because that is up to a third faster than scaling the product after it, whose error is cuBLAS's
+own.
+
+**M = 128 on wide weights, M >= 512.** Weights are cheap to read and inputs are not: a program of 128 x 128 reads 32
+KB of x and 8 KB of weights for 1,024 clocks of the matrix units, near what the second-level cache gives all
+processors, and its shared memory is busy for 85 % of the time. Programs of 256 rows of weights, which halve the
+first, are the fastest at M = 128; past that the waits between widening and multiplying add up (0.75 to 0.9 of
+cuBLAS). Tried and slower: one product under way at any time in Gluon (0.55 to 0.76 of cuBLAS), four slices a product
+(3 to 12 % slower: registers), splitting K (8 to 16 % slower where tiles fill the card). Dequantizing and cuBLAS wins
+from 2048 rows on.
+
+**M <= 16.** At 28672 x 8192 products read at 0.9 of the copy bandwidth, at 8192 x 8192 at 0.72, at 4096 x 4096 at
+0.4: about 4 us do not shrink with the weight (start, first words from memory, the sum of the parts of K).
+
+**NF4 at M = 1.** Looking a code up in registers takes 27 instructions for eight weights, against 5 for an integer's;
+at few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11).
+
+**E8P.** The product alone is 2.2 to 3.4 times as fast as cuBLAS; each rotation before and after it takes 2 to 7 us
+more.
+
+**fp8, 2048 rows.** The dispatcher's guess took the kernel that rounds inputs with torch for large products, where the
+one that rounds in one launch is near the best peer; the guess is mended, the cells were not measured again. So is the
+plan of NF4 for few rows, whose cells are those of the slower one.
+
+**NF4 prefill.** 2,048 tokens of the 8B shape take 611 ms with weights as bitsandbytes stores them (bf16 64,
+bitsandbytes 80, 4-bit integers 70). A LoRA step, which decodes every weight twice, shows no such loss. The cause was
+not found.
+
+**Batch 32.** The fused parts were left out by a fixed bound that 32 layers of random weights exceed by rounding
+alone. The bound is measured on each model since; the row was not run again.
+"""

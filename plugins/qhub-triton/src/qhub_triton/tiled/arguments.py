@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhub.layouts import Float8, Lookup, Nested, Parts
+from qhub.layouts import Float8, Nested, Parts
 from qhub.layouts.tiled import Tiled
 from qhub_triton.launch import native
 from qhub_triton.tiled import decode
@@ -36,8 +36,7 @@ def scaled_early(layout: Tiled, whole: bool) -> bool:
 
 def size_of(layout: Tiled, processors: int) -> Size:
     """Return what plans are made by."""
-    plain = getattr(layout.of, "zero", "constant") == "constant" and not isinstance(layout.of, Lookup)
-    light = plain and not any(layout.scale_tensors().values())
+    light = getattr(layout.of, "zero", "constant") == "constant" and not any(layout.scale_tensors().values())
     return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors, light)
 
 

@@ -47,8 +47,8 @@ class Many:
 class Size:
     """Is a weight of ``n`` rows on a GPU of ``processors``.
 
-    ``blocks``: of a row; ``depth``: weights of a row in a block. ``light``: a code becomes a weight in a few
-    instructions; where it is looked up or has a zero, widening costs more than reading.
+    ``blocks``: of a row; ``depth``: weights of a row in a block. ``light``: scales are plain, and there are no zeros;
+    else widening weights in a program for many rows costs more than reading them.
     """
 
     n: int
