@@ -39,16 +39,16 @@ own.
 **M = 128 on wide weights, M >= 512.** Weights are cheap to read and inputs are not: a program of 128 x 128 reads 32
 KB of x and 8 KB of weights for 1,024 clocks of the matrix units, near what the second-level cache gives all
 processors, and its shared memory is busy for 85 % of the time. Programs of 256 rows of weights, which halve the
-first, are the fastest at M = 128; past that the waits between widening and multiplying add up (0.75 to 0.9 of
-cuBLAS). Tried and slower: one product under way at any time in Gluon (0.55 to 0.76 of cuBLAS), four slices a product
-(3 to 12 % slower: registers), splitting K (8 to 16 % slower where tiles fill the card). Dequantizing and cuBLAS wins
-from 2048 rows on.
+first, are the fastest at M = 128 and N = 28672; past that the waits between widening and multiplying add up (0.74 to
+0.93 of cuBLAS). Tried and slower: one product under way at any time in Gluon (0.5 to 0.77 of cuBLAS), four slices a
+product (up to 12 % slower: registers), splitting K (10 to 20 % slower where tiles fill the card). Dequantizing and
+cuBLAS wins from 2048 rows on.
 
 **M <= 16.** At 28672 x 8192 products read at 0.9 of the copy bandwidth, at 8192 x 8192 at 0.72, at 4096 x 4096 at
 0.4: about 4 us do not shrink with the weight (start, first words from memory, the sum of the parts of K).
 
-**NF4 at M = 1.** Looking a code up in registers takes 27 instructions for eight weights, against 5 for an integer's;
-at few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11).
+**NF4 at M = 1.** Looking a code up in registers takes 27 instructions for eight weights, against 9 for integers'; at
+few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11).
 
 **E8P.** The product alone is 2.2 to 3.4 times as fast as cuBLAS; each rotation before and after it takes 2 to 7 us
 more.

@@ -1,9 +1,10 @@
 """The product for many rows of input: tiles of weights in registers against the input in shared memory.
 
 The roles are turned round, y.T = W @ x.T: the words of a tile become the left operand of the matrix units where they
-were read, so that a weight is widened once per program, and few rows of input cost little. Weights stay whole numbers
-in the product; scales come after it, in float32. Where the output has too few tiles for the GPU, several programs share
-the columns; the last of them to finish adds up all parts in their order, so that the result is the same each time.
+were read, so that a weight is widened once per program, and few rows of input cost little. Weights are scaled before
+the product and rounded once, as a dequantized weight is; under nested scales they stay whole numbers in it, and scales
+come after it, in float32. Where the output has too few tiles for the GPU, several programs share the columns; the last
+of them to finish adds up all parts in their order, so that the result is the same each time.
 """
 
 from __future__ import annotations

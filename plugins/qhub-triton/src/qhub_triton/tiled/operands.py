@@ -12,7 +12,8 @@ from qhub_triton.tiled.registers import in_registers
 __all__ = ["block_product", "depth_of", "factors", "unit_of"]
 
 # Weights made of subnormal numbers are times 2^-TINY, so that a scale's part of them stays far from both ends.
-TINY: tl.constexpr = tl.constexpr(69)
+_TINY = 69
+TINY: tl.constexpr = tl.constexpr(_TINY)
 
 
 @triton.constexpr_function
@@ -49,7 +50,7 @@ def _rounds(nested, stored, half):
 def unit_of(unit, kind, bits, half, native, zero, zero_point, early):
     """Return what a product of :func:`block_product` is to be multiplied by; ``unit``: the layout's own part of it."""
     if early and as_subnormal(kind, bits, half, native, zero, zero_point):
-        return unit * 2.0**69
+        return unit * 2.0**_TINY
     return unit
 
 
