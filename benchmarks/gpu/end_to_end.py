@@ -27,11 +27,18 @@ import torch
 from benchmarks.gpu.machine import describe
 
 QHUB: dict[str, dict[str, Any]] = {
-    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        # The config's default is float32.
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
     "nf4_nested": {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_use_double_quant": True,
     },
     "llm_int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
