@@ -183,6 +183,16 @@ def _turning(size: int, q: int, floating: bool, narrow: bool, divide: bool) -> t
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("size", "q"), [(4096, 1), (14336, 28), (28672, 28), (5120, 20), (11008, 172), (44032, 172), (53248, 52)]
+)
+def test_every_program_has_a_place_for_its_sums(size: int, q: int) -> None:
+    turning, _ = _turning(size, q, False, narrow=True, divide=False)
+    for m in (1, 2, 3, 16):
+        plan = turning.plan(m)
+        assert -(-(size // plan.b) // plan.rows) <= turning.programs
+
+
 _SIZES = [(16, 1, False), (1024, 1, False), (12 * 16, 12, False), (28 * 32, 28, False), (6 * 32, 6, True)]
 
 

@@ -58,11 +58,10 @@ class Turning:
 
     @property
     def programs(self) -> int:
-        """Return how many parts there are of the sums of a row."""
+        """Return how many parts there are of the sums of a row, at most: what has fewer programs writes zeros."""
         if self.side.rotate is None:
             return 1
-        plan = self.plan(1)
-        return -(-(self.size // plan.b) // plan.rows)
+        return max(-(-(self.size // plan.b) // plan.rows) for plan in (self.plan(1), self.plan(_FEW), self.some))
 
     def plan(self, m: int) -> Plan:
         """Return how ``m`` rows of x are rotated. Measured on an H100."""
