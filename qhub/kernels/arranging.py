@@ -7,6 +7,7 @@ weights as files have them.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -20,6 +21,8 @@ from qhub.tensor import QuantizedTensor
 
 __all__ = ["arrange", "arrange_tensor", "wanted"]
 
+logger = logging.getLogger("qhub")
+
 
 def wanted() -> bool:
     """Return whether weights may be arranged without being asked for; ``QHUB_ARRANGE=0`` says no."""
@@ -32,9 +35,18 @@ def arrange(model: nn.Module, forced: bool = False) -> int:
     ``forced``: also where no kernel asks for it. Parameters stay the objects they are; a weight that is arranged, or
     cannot be, is left alone.
     """
-    return sum(
-        arrange_tensor(parameter, forced) for parameter in model.parameters() if isinstance(parameter, QuantizedTensor)
-    )
+    quantized = [parameter for parameter in model.parameters() if isinstance(parameter, QuantizedTensor)]
+    wide = [one for one in quantized if one.compute_dtype == torch.float32 and one.dtype.itemsize == 2]
+    if wide and _offered({wide[0].device.type}):
+        logger.warning(
+            "qhub: %d of %d quantized weights are multiplied in float32, which their config asks for (its compute "
+            "dtype), in a model of %s: kernels for GPUs are for 16 bits, so this is slow. Set the config's compute "
+            "dtype to bfloat16 unless float32 is meant",
+            len(wide),
+            len(quantized),
+            str(wide[0].dtype).removeprefix("torch."),
+        )
+    return sum(arrange_tensor(parameter, forced) for parameter in quantized)
 
 
 def arrange_tensor(weight: QuantizedTensor, forced: bool = False) -> bool:

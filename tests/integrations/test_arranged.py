@@ -65,6 +65,19 @@ def test_is_left_alone_where_no_kernel_asks_for_it(quantized):
     assert arrange(loaded(quantized, False)) == 0
 
 
+def test_says_that_products_in_float32_are_slow(quantized, monkeypatch, caplog):
+    monkeypatch.setattr("qhub.kernels.arranging._chosen", lambda *given: False)
+    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.bfloat16)
+    for weight in list(weights(model).values())[:3]:
+        weight.compute_dtype = torch.float32
+    # Where no kernel is for tiles anyway nothing is lost.
+    arrange(model)
+    assert "float32" not in caplog.text
+    monkeypatch.setattr("qhub.kernels.arranging._offered", lambda devices: True)
+    arrange(model)
+    assert "3 of 14 quantized weights are multiplied in float32" in caplog.text and "bfloat16" in caplog.text
+
+
 def test_computes_and_saves_the_same(quantized, tmp_path):
     plain, arranged = loaded(quantized, False), loaded(quantized, True)
     assert near(logits(plain), logits(arranged))
