@@ -39,6 +39,7 @@ def stream(model: str, config: Any, out: Path, dtype: Any, options: dict[str, An
 
     ``overwrite``: a stopped run of other settings is thrown away. An interruption says how to go on.
     """
+    from qhub.cli.interruption import interruptible
     from qhub.cli.output import say
     from qhub.integrations.transformers.streaming import quantize_folder
 
@@ -46,7 +47,8 @@ def stream(model: str, config: Any, out: Path, dtype: Any, options: dict[str, An
     if work.is_dir():
         say(f"going on with what {work} holds of an earlier run")
     try:
-        return quantize_folder(model, config, out, dtype=dtype, options=options, anew=overwrite)
+        with interruptible():
+            return quantize_folder(model, config, out, dtype=dtype, options=options, anew=overwrite)
     except KeyboardInterrupt:
         say(f"interrupted: finished blocks are kept in {work}; the same command goes on from there")
         raise
