@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qhub.decoding.layers import Forms, Layer, in_form
-from qhub.decoding.recipes import Attention, agree
+from qhub.decoding.recipes import Attention, agree, whole_slack
 
 __all__ = ["prompt_forms"]
 
 logger = logging.getLogger("qhub")
-
-# As for a whole decode step: errors of some hundred roundings add up.
-_SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
 
 
 @dataclass
@@ -119,5 +116,5 @@ def _same_prompt(model: Any, forms: Forms) -> bool:
             ).logits[:, -1]
         found.append([logits, *(part[:, :, -7:] for layer in cache.layers for part in (layer.keys, layer.values))])
     plain, fused = found
-    slack = _SLACK.get(plain[0].dtype, 10.0)
+    slack = whole_slack(plain[0].dtype)
     return all(agree(seen, wanted, slack) for seen, wanted in zip(fused, plain, strict=True))

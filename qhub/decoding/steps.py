@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qhub.decoding import layers as fusing
 from qhub.decoding.operations import offered
-from qhub.decoding.recipes import JoinedLayers, State, calls_of, difference, tolerance
+from qhub.decoding.recipes import JoinedLayers, State, calls_of, difference, tolerance, whole_slack
 from qhub.decoding.rounding import rounded_outputs
 
 __all__ = ["MOST_ENDS", "StaticStep"]
@@ -23,10 +23,8 @@ logger = logging.getLogger("qhub")
 
 # How many different tokens may end a text under greedy search on the device.
 MOST_ENDS = 32
-# Slack of a whole model's logits over one part's: errors of some hundred roundings add up.
-_SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
-# Or as many times what one more rounding of every part moves them by, but no more than half their length: logits that
-# have nothing to do with each other are 1.4 lengths apart.
+# How many times what one more rounding of every part moves the logits by they may differ, but no more than half their
+# length: logits that have nothing to do with each other are 1.4 lengths apart.
 _ROUNDINGS, _MOST = 3.0, 0.5
 
 
@@ -209,7 +207,7 @@ class StaticStep:
         self.tokens.copy_(self._probe_tokens)
         seen = self.advance(False)
         error = difference(seen, plain)
-        limit = max(_SLACK.get(plain.dtype, 10.0) * tolerance(plain.dtype), min(_ROUNDINGS * moved, _MOST))
+        limit = max(whole_slack(plain.dtype) * tolerance(plain.dtype), min(_ROUNDINGS * moved, _MOST))
         if not error <= limit:
             logger.info(
                 "qhub: the fused parts together do not compute what the model computes: left out (logits differ by "

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qhub
-from qhub.decoding import steps
+from qhub.decoding import recipes, steps
 from qhub.decoding.operations import REFERENCE
 from qhub.decoding.recipes import difference, tolerance
 from qhub.decoding.rounding import rounded_outputs
@@ -55,7 +55,7 @@ def test_a_model_that_amplifies_roundings_keeps_its_fused_parts(caplog, monkeypa
 
     monkeypatch.setattr(steps, "difference", noted)
     # Were the bound fixed, this model would not stay within it.
-    monkeypatch.setitem(steps._SLACK, torch.bfloat16, 0.5)
+    monkeypatch.setitem(recipes._SLACK, torch.bfloat16, 0.5)
     assert not written(deep(0.3), caplog)
     moved, error = seen
     assert 0.5 * tolerance(torch.bfloat16) < error < 3 * moved
@@ -74,7 +74,7 @@ def test_parts_that_compute_something_else_are_left_out(std, caplog, monkeypatch
 
     wrong = replace(REFERENCE, name="wrong", gate=gate, add_norm=add_norm)
     monkeypatch.setattr(steps, "offered", lambda device: (wrong,))
-    monkeypatch.setitem(steps._SLACK, torch.bfloat16, 0.5)
+    monkeypatch.setitem(recipes._SLACK, torch.bfloat16, 0.5)
     monkeypatch.setattr(steps, "_ROUNDINGS", 0.3)
     assert written(deep(std), caplog)
 

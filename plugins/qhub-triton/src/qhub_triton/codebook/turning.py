@@ -17,8 +17,8 @@ __all__ = ["Turning"]
 
 # Columns of the left matrix that a program takes at a time where rows of x are many.
 _COLUMNS = 64
-# Programs for one row of inputs at most: the product adds up what each of them summed.
-_SUMMED = 64
+# Programs for one row of x at most, where a program of few rows of the view is enough for it.
+_PROGRAMS = 64
 # Rows of x up to which a program reads all of a vector at once, and up to which it makes few rows of a matrix view.
 _FEW, _SOME = 2, 16
 
@@ -72,10 +72,9 @@ class Turning:
             # As wide as it is tall; a power of two, and of 128 at most, that the factor leaves.
             b = max(16, min(128, self.power, 1 << (self.size.bit_length() // 2)))
             tall = self.size // b
-            # Up to 64 programs for one row of x.
-            rows = triton.next_power_of_2(-(-tall // 64))
-            least = triton.next_power_of_2(-(-tall // _SUMMED)) if self.narrow else 1
-            plan = self.plans[m] = Plan(b, min(8, max(least, min(rows, 4))), 4 if self.size <= 4096 else 8)
+            # What each program of inputs summed is added up by the product: there, fewer programs and more rows.
+            rows = min(triton.next_power_of_2(-(-tall // _PROGRAMS)), 8 if self.narrow else 4)
+            plan = self.plans[m] = Plan(b, rows, 4 if self.size <= 4096 else 8)
         return plan
 
     def __call__(

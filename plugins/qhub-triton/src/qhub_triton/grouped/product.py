@@ -15,7 +15,7 @@ from qhub_triton.grouped.few import grouped_few
 from qhub_triton.grouped.many import grouped_many
 from qhub_triton.grouped.routing import Routes
 from qhub_triton.launch import Launch, native
-from qhub_triton.tiled.arguments import constants_of, scaled_early, tensors_of, whole_zeros
+from qhub_triton.tiled.arguments import constants_of, many_constants, tensors_of
 
 __all__ = ["Product", "block_of", "refusal"]
 
@@ -70,7 +70,7 @@ class Product:
         size = {name: own[name][0].numel() if name in own else 0 for name in ("scales_super", "zeros_super")}
         self.strides = (words[0].numel(), own["scales"][0].numel(), size["scales_super"], size["zeros_super"])
         self.constants = constants_of(layout, parts)
-        self.whole = whole_zeros(layout, parts)
+        self.many_constants = many_constants(layout, parts)
         self.launches: dict[Any, tuple[Launch, int]] = {}
 
     def __call__(self, x: Tensor, routes: Routes, per: int, bias: Tensor | None = None) -> Tensor:
@@ -111,6 +111,5 @@ class Product:
             return Launch(grouped_few, constants, {"num_warps": warps, "num_stages": 1}), 16 * tall
         block_n = 128 if routes.block == 128 else 64
         stages = 4 if routes.block <= 64 else 3
-        constants |= {"WHOLE": self.whole, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
-        constants["EARLY"] = scaled_early(self.layout, self.whole)
+        constants |= {**self.many_constants, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
         return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n

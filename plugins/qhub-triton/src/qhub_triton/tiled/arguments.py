@@ -13,25 +13,21 @@ from qhub_triton.launch import native
 from qhub_triton.tiled import decode
 from qhub_triton.tiled.plans import Size
 
-__all__ = ["bytes_of", "constants_of", "scaled_early", "size_of", "tensors_of", "whole_zeros"]
+__all__ = ["bytes_of", "constants_of", "many_constants", "size_of", "tensors_of"]
 
 
-def whole_zeros(layout: Tiled, parts: Parts) -> bool:
-    """Return whether the zeros that codes are less by are whole numbers."""
-    return getattr(layout.of, "zero", None) == "value" and not parts["zeros"].is_floating_point()
+def many_constants(layout: Tiled, parts: Parts) -> dict[str, bool]:
+    """Return what a product for many rows is compiled for besides: WHOLE, whether zeros are whole numbers, and EARLY,
+    whether weights are scaled before the product, not the product after it.
 
-
-def scaled_early(layout: Tiled, whole: bool) -> bool:
-    """Return whether weights are scaled before the product for many rows, not the product after it.
-
-    Nested scales are put together a block ahead, which only the latter waits for. ``whole``: :func:`whole_zeros`; other
-    zeros are rounded once only together with their scales.
+    Nested scales are put together a block ahead, which only the latter waits for. Zeros that are no whole numbers are
+    rounded once only together with their scales.
     """
-    nested = layout.scale_tensors()
+    whole = getattr(layout.of, "zero", None) == "value" and not parts["zeros"].is_floating_point()
     fractional = not whole
     if getattr(layout.of, "zero", "constant") == "constant":
         fractional = getattr(layout.of, "zero_point", 0.0) % 1 != 0
-    return fractional or not any(nested.values())
+    return {"WHOLE": whole, "EARLY": fractional or not any(layout.scale_tensors().values())}
 
 
 def size_of(layout: Tiled, processors: int) -> Size:

@@ -13,7 +13,7 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
 from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
-from qhub_triton.tiled.arguments import constants_of, scaled_early, size_of, tensors_of, whole_zeros
+from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, tensors_of
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
@@ -112,11 +112,9 @@ class Product:
                 "TURNS": chosen.turns(self.blocks), "BLOCK_M": chosen.block_m,
             }  # fmt: skip
             return chosen, Launch(few, constants, {**options, "num_stages": 1})
-        whole = whole_zeros(self.layout, self.parts)
+        constants |= many_constants(self.layout, self.parts)
         constants |= {
-            "WHOLE": whole, "SPLIT": chosen.split,
-            "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
-            "EARLY": scaled_early(self.layout, whole),
+            "SPLIT": chosen.split, "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
         }  # fmt: skip
         if chosen.registers and native(self.device):
             options["maxnreg"] = chosen.registers
