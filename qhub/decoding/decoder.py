@@ -166,7 +166,7 @@ class Decoder:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise StepError(f"its step does not run on a static cache ({reason})") from error
         self.steps[batch, capacity, positions] = step
-        if self.prompt is None:
+        if self.prompt is None and step.forms:
             self.prompt = prompt_forms(self.model, step.forms)
         return step
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qhub.decoding.layers import Forms, Layer, in_form
-from qhub.decoding.recipes import Attention, agree, whole_slack
+from qhub.decoding.recipes import Attention
+from qhub.decoding.rounding import disagreement
 
 __all__ = ["prompt_forms"]
 
@@ -84,11 +85,14 @@ def prompt_forms(model: Any, forms: Forms) -> Forms:
     if not chosen or config._attn_implementation != "sdpa":
         return {}
     try:
-        return chosen if _same_prompt(model, chosen) else {}
+        reason = _disagreement(model, chosen)
     except Exception as error:
         # Code of the model's may want other arguments; it then reads its prompts itself.
-        logger.debug("qhub: prompts are read by the model's own code: %s: %s", type(error).__name__, error)
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if reason is not None:
+        logger.info("qhub: prompts are read by the model's own code, not by the fused parts (%s)", reason)
         return {}
+    return chosen
 
 
 def _attentions(forms: Forms) -> set[nn.Module]:
@@ -97,8 +101,8 @@ def _attentions(forms: Forms) -> set[nn.Module]:
 
 
 @torch.no_grad()
-def _same_prompt(model: Any, forms: Forms) -> bool:
-    """Return whether a short prompt of two rows, one padded, gives the same logits and cache with ``forms``."""
+def _disagreement(model: Any, forms: Forms) -> str | None:
+    """Return how the logits and the cache of a short prompt, two rows with one padded, are others with ``forms``."""
     from transformers.cache_utils import DynamicCache
 
     device = model.get_input_embeddings().weight.device
@@ -107,14 +111,18 @@ def _same_prompt(model: Any, forms: Forms) -> bool:
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    found = []
-    for chosen in ({}, forms):
+
+    def read(chosen: Forms) -> dict[str, Tensor]:
         cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         with in_form(chosen):
             logits = model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).logits[:, -1]
-        found.append([logits, *(part[:, :, -7:] for layer in cache.layers for part in (layer.keys, layer.values))])
-    plain, fused = found
-    slack = whole_slack(plain[0].dtype)
-    return all(agree(seen, wanted, slack) for seen, wanted in zip(fused, plain, strict=True))
+        found = {"logits": logits}
+        for index, layer in enumerate(cache.layers):
+            # Keys hold each token's place; logits depend on distances only.
+            found[f"keys of layer {index}"] = layer.keys[:, :, -7:]
+            found[f"values of layer {index}"] = layer.values[:, :, -7:]
+        return found
+
+    return disagreement(model, read(forms), read({}), lambda: read({}))

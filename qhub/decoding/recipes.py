@@ -33,14 +33,12 @@ __all__ = [
     "projections",
     "tolerance",
     "tried",
-    "whole_slack",
 ]
 
 logger = logging.getLogger("qhub")
 
 # Relative Frobenius error of one part in the model's dtype; both sides round their intermediate results in it.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
-_SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
 
 
 @dataclass
@@ -113,21 +111,16 @@ def calls_of(model: nn.Module) -> Iterator[dict[nn.Module, Call]]:
             handle.remove()
 
 
-def agree(found: Tensor, wanted: Tensor, slack: float = 1.0) -> bool:
+def agree(found: Tensor, wanted: Tensor) -> bool:
     """Return whether two results of one part are equal up to the rounding of their dtype."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
-    return difference(found, wanted) <= slack * tolerance(wanted.dtype)
+    return difference(found, wanted) <= tolerance(wanted.dtype)
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Return how far two results of one part may differ, as a share of their length."""
     return _TOLERANCE.get(dtype, 1e-4)
-
-
-def whole_slack(dtype: torch.dtype) -> float:
-    """Return the slack for what a whole model computes over one part's: errors of some hundred roundings add up."""
-    return _SLACK.get(dtype, 10.0)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

@@ -1,19 +1,70 @@
-"""Tries how far one more rounding of every part's output moves what a model computes.
+"""Tells what fused parts of a whole model round elsewhere from what they compute wrongly.
 
 Parts in another form round elsewhere. In a deep model what that changes grows from layer to layer, in one with large
-weights by orders of magnitude, so no fixed bound tells a wrong form from a right one; the model itself does.
+weights by orders of magnitude, so no fixed bound tells a wrong form from a right one. The model itself does: by how far
+one more rounding of every part's output moves what it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["rounded_outputs"]
+from qhub.decoding.recipes import difference, tolerance
+
+__all__ = ["disagreement", "rounded_outputs"]
+
+Results = Mapping[str, Tensor]
+
+# What a whole model computes may always differ by that many times what one part may: some hundred roundings add up.
+_SLACK = {torch.bfloat16: 3.0, torch.float16: 8.0}
+# How many times what one more rounding of every part moves a result by it may differ, but no more than half its length:
+# results that have nothing to do with each other are 1.4 lengths apart.
+_ROUNDINGS, _MOST = 3.0, 0.5
+
+
+def disagreement(model: nn.Module, found: Results, wanted: Results, again: Callable[[], Results]) -> str | None:
+    """Return how ``found``, by fused parts, is not ``wanted``, by the model's own code; None: they are as good.
+
+    Both: results by name, the same names. ``again``: has the model's own code compute them once more; asked only where
+    a fixed bound is passed, to measure how far roundings move those results.
+    """
+    beyond = {}
+    for name, own in wanted.items():
+        seen = found[name]
+        if seen.shape != own.shape or seen.dtype != own.dtype:
+            return f"{name} are {seen.dtype} {tuple(seen.shape)}, not {own.dtype} {tuple(own.shape)}"
+        error = difference(seen, own)
+        if not error <= _fixed(own.dtype):
+            beyond[name] = error
+    if not beyond:
+        return None
+    with rounded_outputs(model):
+        moved = again()
+    worst, reason = 1.0, None
+    for name, error in beyond.items():
+        own = wanted[name]
+        by = difference(moved[name], own)
+        # Where roundings lead to no number they say nothing.
+        bound = max(_fixed(own.dtype), min(_ROUNDINGS * by, _MOST) if math.isfinite(by) else 0.0)
+        share = error / bound if math.isfinite(error) else math.inf
+        if share > worst:
+            worst = share
+            reason = (
+                f"{name} differ by {error:.2g} of their length, more than {bound:.2g}; "
+                f"one more rounding of every part moves them by {by:.2g}"
+            )
+    return reason
+
+
+def _fixed(dtype: torch.dtype) -> float:
+    """Return how far results of ``dtype`` may differ in any model, as a share of their length."""
+    return _SLACK.get(dtype, 10.0) * tolerance(dtype)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qhub.decoding import layers as fusing
 from qhub.decoding.operations import offered
-from qhub.decoding.recipes import JoinedLayers, State, calls_of, difference, tolerance, whole_slack
-from qhub.decoding.rounding import rounded_outputs
+from qhub.decoding.recipes import JoinedLayers, State, calls_of
+from qhub.decoding.rounding import disagreement
 
 __all__ = ["MOST_ENDS", "StaticStep"]
 
@@ -23,9 +23,6 @@ logger = logging.getLogger("qhub")
 
 # How many different tokens may end a text under greedy search on the device.
 MOST_ENDS = 32
-# How many times what one more rounding of every part moves the logits by they may differ, but no more than half their
-# length: logits that have nothing to do with each other are 1.4 lengths apart.
-_ROUNDINGS, _MOST = 3.0, 0.5
 
 
 def _static_layers(source: Any, capacity: int) -> list[Any]:
@@ -182,16 +179,13 @@ class StaticStep:
     @torch.no_grad()
     def fuse(self) -> None:
         """Recognise the model's parts on a full cache of random numbers, and check the whole with them in place."""
-        self.randomize(self.capacity - 1)
+        place = self.capacity - 1
+        self.randomize(place)
         with calls_of(self.model) as calls:
             plain = self._model().clone()
-        self._place(self.capacity - 1)
-        with rounded_outputs(self.model):
-            moved = difference(self._model(), plain)
-        self._place(self.capacity - 1)
-        forms, found = fusing.recognise(self.model, calls, offered(plain.device.type), self.state)
-        fused_all = found["attentions"] == len(self.cache.layers)
-        if fused_all:
+        self._place(place)
+        self.forms, self.found = fusing.recognise(self.model, calls, offered(plain.device.type), self.state)
+        if self.found["attentions"] == len(self.cache.layers):
             # Nobody reads the masks any more; their form stays what the model expects.
             self.masks = self.model.prepare_inputs_for_generation(
                 self.tokens,
@@ -202,22 +196,31 @@ class StaticStep:
             )["attention_mask"]
             for layer in self.cache.layers:
                 layer.cumulative_length = self.state.position
-        self.forms, self.found = forms, found
-        self._place(self.capacity - 1)
+        self._place(place)
         self.tokens.copy_(self._probe_tokens)
-        seen = self.advance(False)
-        error = difference(seen, plain)
-        limit = max(whole_slack(plain.dtype) * tolerance(plain.dtype), min(_ROUNDINGS * moved, _MOST))
-        if not error <= limit:
-            logger.info(
-                "qhub: the fused parts together do not compute what the model computes: left out (logits differ by "
-                "%.2g of their length, a rounding of every part moves them by %.2g)",
-                error,
-                moved,
-            )
+        seen = self.advance(False).clone()
+        reason = disagreement(self.model, {"logits": seen}, {"logits": plain}, lambda: {"logits": self._plainly(place)})
+        if reason is not None:
+            logger.info("qhub: the fused parts together do not compute what the model computes: left out (%s)", reason)
             self.forms, self.found, self.masks = {}, {}, None
-            for layer in self.cache.layers:
-                layer.cumulative_length = self.state.position.clone()
+            self._count_apart()
+
+    def _count_apart(self) -> None:
+        """Give each layer of the cache a position of its own: the model's code counts them up one by one."""
+        for layer in self.cache.layers:
+            layer.cumulative_length = self.state.position.clone()
+
+    def _plainly(self, position: int) -> Tensor:
+        """Return what the model's own code computes from random numbers at ``position``; the forms stay for later."""
+        masks, counters = self.masks, [layer.cumulative_length for layer in self.cache.layers]
+        self.masks = None
+        self._count_apart()
+        self.randomize(position)
+        logits = self._model().clone()
+        self.masks = masks
+        for layer, counter in zip(self.cache.layers, counters, strict=True):
+            layer.cumulative_length = counter
+        return logits
 
     def randomize(self, position: int) -> None:
         """Fill the cache and the inputs with random numbers, and stand at ``position``."""

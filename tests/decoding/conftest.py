@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qhub.decoding.operations import REFERENCE, NormRule, Operations
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -56,3 +62,56 @@ def build(kind: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
 @pytest.fixture
 def make() -> Callable[..., torch.nn.Module]:
     return build
+
+
+def deep(std: float) -> Any:
+    """Return a model of 24 layers in bfloat16 whose weights are ``std`` large: the larger, the more it amplifies."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, std)
+    return model
+
+
+def once_rounded() -> Operations:
+    """Return operations that round what they compute once, at its end: right, but not as the models' own code."""
+
+    def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor]:
+        total = x if delta is None else x + delta
+        wide = total.double()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rule.eps)
+        return total, (wide * (weight.double() + rule.offset)).to(x.dtype)
+
+    def gate(gate_up: Tensor, activation: str) -> Tensor:
+        return REFERENCE.gate(gate_up.double(), activation).to(gate_up.dtype)
+
+    return replace(REFERENCE, name="once rounded", add_norm=add_norm, gate=gate)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[None]]:
+    """Within: the list grows by one with each forward of a Llama."""
+    calls: list[None] = []
+    own = LlamaForCausalLM.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return own(*args, **kwargs)
+
+    LlamaForCausalLM.forward = forward
+    try:
+        yield calls
+    finally:
+        LlamaForCausalLM.forward = own

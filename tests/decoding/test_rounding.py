@@ -8,33 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qhub
-from qhub.decoding import recipes, steps
+from qhub.decoding import prompts, rounding, steps
 from qhub.decoding.operations import REFERENCE
+from qhub.decoding.optimizing import _decoders
 from qhub.decoding.recipes import difference, tolerance
-from qhub.decoding.rounding import rounded_outputs
+from qhub.decoding.rounding import disagreement, rounded_outputs
+from qhub.decoding.steps import StaticStep
 
-
-def deep(std: float) -> Any:
-    """Return a model of 24 layers in bfloat16 whose weights are ``std`` large: the larger, the more it amplifies."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        dtype="bfloat16",
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, std)
-    return model
+from .conftest import KINDS, counted, deep
 
 
 def written(model: Any, caplog: pytest.LogCaptureFixture) -> bool:
@@ -53,11 +36,12 @@ def test_a_model_that_amplifies_roundings_keeps_its_fused_parts(caplog, monkeypa
         seen.append(difference(found, wanted))
         return seen[-1]
 
-    monkeypatch.setattr(steps, "difference", noted)
+    monkeypatch.setattr(rounding, "difference", noted)
     # Were the bound fixed, this model would not stay within it.
-    monkeypatch.setitem(recipes._SLACK, torch.bfloat16, 0.5)
+    monkeypatch.setitem(rounding._SLACK, torch.bfloat16, 0.5)
     assert not written(deep(0.3), caplog)
-    moved, error = seen
+    # Of the step; those of the prompt follow.
+    error, moved = seen[:2]
     assert 0.5 * tolerance(torch.bfloat16) < error < 3 * moved
 
 
@@ -74,9 +58,98 @@ def test_parts_that_compute_something_else_are_left_out(std, caplog, monkeypatch
 
     wrong = replace(REFERENCE, name="wrong", gate=gate, add_norm=add_norm)
     monkeypatch.setattr(steps, "offered", lambda device: (wrong,))
-    monkeypatch.setitem(recipes._SLACK, torch.bfloat16, 0.5)
-    monkeypatch.setattr(steps, "_ROUNDINGS", 0.3)
+    monkeypatch.setitem(rounding._SLACK, torch.bfloat16, 0.5)
+    monkeypatch.setattr(rounding, "_ROUNDINGS", 0.3)
     assert written(deep(std), caplog)
+    (said,) = [message for message in caplog.messages if "left out" in message]
+    assert "logits differ by" in said and "more than" in said and "moves them by" in said
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_step_is_run_once_more_only_where_it_passes_the_fixed_bound(measured, monkeypatch):
+    runs = []
+    own = StaticStep.fuse
+
+    def fuse(step: StaticStep) -> None:
+        with counted() as forwards:
+            own(step)
+        runs.append(len(forwards))
+
+    monkeypatch.setattr(StaticStep, "fuse", fuse)
+    if measured:
+        monkeypatch.setitem(rounding._SLACK, torch.bfloat16, 0.0)
+    model = deep(0.05)
+    qhub.optimize(model)
+    ids = torch.arange(3, 9)[None]
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert runs == [3 if measured else 2]
+    (step,) = _decoders[model].steps.values()
+    assert step.found["layers"] == 24
+
+
+def test_a_measured_step_goes_on_as_one_that_was_not(monkeypatch, make):
+    """Measuring leaves the step in the form and the place it was found in."""
+    found = []
+    for slack in (10.0, 0.0):
+        monkeypatch.setitem(rounding._SLACK, torch.float32, slack)
+        monkeypatch.setattr(rounding, "_ROUNDINGS", 100.0)
+        model = make("llama")
+        qhub.optimize(model)
+        ids = torch.arange(3, 12)[None]
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        (step,) = _decoders[model].steps.values()
+        assert step.found["layers"] == 3 and step.masks is not None
+        assert all(layer.cumulative_length is step.state.position for layer in step.cache.layers)
+        found.append(text)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_is_run_once_more_is_what_was_run(kind, monkeypatch, make):
+    """Without roundings the model's own code computes the same numbers again, of a step and of a prompt."""
+    places = []
+
+    def told(place: str) -> Any:
+        def disagreement(model: Any, found: Any, wanted: Any, again: Any) -> None:
+            repeated = again()
+            assert repeated.keys() == wanted.keys() == found.keys()
+            assert all(torch.equal(repeated[name], own) for name, own in wanted.items())
+            places.append(place)
+
+        return disagreement
+
+    monkeypatch.setattr(steps, "disagreement", told("step"))
+    monkeypatch.setattr(prompts, "disagreement", told("prompt"))
+    model = make(kind)
+    qhub.optimize(model)
+    ids = torch.arange(3, 12).expand(2, 9)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert places[0] == "step" and len(places) == (1 if _decoders[model].prompt == {} else 2)
+
+
+def test_disagreement():
+    plain = torch.ones(4, dtype=torch.float32)
+    asked = []
+
+    def again(moved: float) -> dict[str, torch.Tensor]:
+        asked.append(moved)
+        return {"a": plain, "b": plain + moved}
+
+    def tell(b: torch.Tensor, moved: float) -> str | None:
+        model = torch.nn.Identity()
+        return disagreement(model, {"a": plain, "b": b}, {"a": plain, "b": plain}, lambda: again(moved))
+
+    assert tell(plain + 9e-4, 0.0) is None
+    assert "float16" in str(tell(plain.half(), 1.0))
+    assert "(2,)" in str(tell(plain[:2], 1.0))
+    assert asked == []
+    assert tell(plain + 0.2, 0.1) is None
+    assert "b differ by 0.4 of their length, more than 0.3;" in str(tell(plain + 0.4, 0.1))
+    # However far roundings move it: what is half its length off is another result.
+    assert "more than 0.5;" in str(tell(plain + 0.6, 10.0))
+    for no_number in (float("nan"), float("inf")):
+        assert "more than 0.001;" in str(tell(plain + 0.2, no_number))
+        assert "more than 0.3;" in str(tell(plain + no_number, 0.1))
 
 
 def test_rounded_outputs_use_no_random_numbers_and_end():
