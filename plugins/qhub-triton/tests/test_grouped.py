@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -156,6 +158,41 @@ def test_weights_scaled_early(index):
         compare(LAYOUTS[index], 20, 1, experts=2, block=128, dtype=dtype)
 
 
+NARROW = Affine(out_features=64, in_features=1024, bits=1, grid=Grid.along_k(128), zero_point=0.5)
+# What an H100 gives a program.
+SHARED = 227 << 10
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_tiles_fit_into_shared_memory(bits):
+    layout = replace(NARROW, bits=bits, zero_point=2.0 ** (bits - 1))
+    tiled, parts, _ = experts_of(layout, 2)
+    own = product.Product(tiled, parts, DTYPES[0])
+    assert own.most == (64 if bits == 1 else 128)
+    ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    rows = 16
+    while rows <= own.most:
+        launch, columns = own._launch(routing.routed(ids, 2, rows), 1, False)
+        stages, block_m, block_n = (launch.constants[name] for name in ("STAGES", "BLOCK_M", "BLOCK_N"))
+        assert block_m == rows and block_n == columns and stages >= 2
+        # A stage: a block of inputs in 16 bits, and the words of a block of weights.
+        assert stages * (rows * (16 // bits * 32) * 2 + block_n * 64) <= SHARED
+        rows *= 2
+    assert product.block_of(10_000, 2, own.most) == own.most
+
+
+def test_narrow_codes_for_many_rows():
+    tiled, parts, _ = experts_of(NARROW, 2)
+    own = product.Product(tiled, parts, DTYPES[0])
+    for dtype in DTYPES:
+        compare(NARROW, 150, 1, experts=2, block=own.most, dtype=dtype)
+    x = torch.zeros(150, 1024, dtype=DTYPES[0], device=DEVICE)
+    ids = torch.zeros(150, dtype=torch.int64, device=DEVICE)
+    # Rows past those that a program takes would be left out.
+    with pytest.raises(ValueError, match="tiles of 128 rows"):
+        own(x, routing.routed(ids, 2, 128), 1)
+
+
 def test_refusals():
     plain = LAYOUTS[0]
     assert "tiles" in product.refusal(plain, torch.float16)
@@ -168,12 +205,13 @@ class Experts(torch.nn.Module):
     has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
     _is_expert_parallel = False
 
-    def __init__(self, hidden, inner, count):
+    def __init__(self, hidden, inner, count, bits=(4, 4)):
         super().__init__()
         self.num_experts = count
         self.dense = []
-        for name, n, k in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
-            layout = Affine(out_features=n, in_features=k, bits=4, grid=Grid.along_k(32), zero="value")
+        shapes = (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner))
+        for (name, n, k), width in zip(shapes, bits, strict=True):
+            layout = Affine(out_features=n, in_features=k, bits=width, grid=Grid.along_k(32), zero="value")
             tiled, parts, dense = experts_of(layout, count, factor=0.02)
             weight = QuantizedTensor.build(tiled, parts, torch.float16)
             setattr(self, name, torch.nn.Parameter(weight, requires_grad=False))
@@ -214,6 +252,23 @@ def test_experts(tokens, monkeypatch):
     tracked.float().square().sum().backward()
     for own, other in ((x.grad, x64.grad), (weights.grad, w64.grad)):
         assert float((own.double() - other).norm() / other.norm()) < 2.0**-7
+
+
+@pytest.mark.parametrize("bits", [(4, 1), (1, 4)])
+def test_experts_of_which_one_projection_takes_fewer_rows(bits, monkeypatch):
+    experts = pytest.importorskip("qhub_triton.grouped.experts")
+    monkeypatch.setattr(QuantizedTensor, "is_cuda", True)
+    module = Experts(64, 96, 2, bits)
+    x = torch.randn(132, 64, generator=seeded()).to(DEVICE, torch.float16)
+    ids = torch.tensor([[0], [1]], device=DEVICE).repeat(66, 1)
+    weights = torch.ones(132, 1, device=DEVICE)
+    blocks = []
+    monkeypatch.setattr(experts, "routed", lambda *a, own=experts.routed: blocks.append(a[2]) or own(*a))
+    found = experts.experts_forward(module, x, ids, weights)
+    wanted = module.wanted(x.double(), ids, weights.double())
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 2.0**-9
+    experts.experts_forward(module, x.requires_grad_(), ids, weights)
+    assert blocks == [64, 64]
 
 
 def test_experts_that_are_none(monkeypatch):

@@ -87,7 +87,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     second = self.down_proj
     if tracked:
         return _tracked(self, hidden_states, top_k_index, top_k_weights, (first, second), (first_bias, second_bias))
-    routes = _routes(top_k_index, first.shape[0])
+    routes = _routes(self, hidden_states.dtype, top_k_index)
     dtype = first.compute_dtype or hidden_states.dtype
     product = _product(first, dtype)
     y = product(hidden_states.to(dtype), routes, top, None if first_bias is None else first_bias.to(dtype))
@@ -101,22 +101,29 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return combined(y, top_k_index, top_k_weights, routes, first.shape[0]).to(hidden_states.dtype)
 
 
-def _routes(top_k_index: Tensor, experts: int) -> Routes:
+def _routes(module: Any, dtype: torch.dtype, top_k_index: Tensor) -> Routes:
     tokens, top = top_k_index.shape
+    experts = module.down_proj.shape[0]
     ids = top_k_index.reshape(-1).contiguous()
     if _unsorted(tokens, top, experts):
         return Routes(ids, ids, ids, ids, ids, tokens * top, 1, True)
-    return routed(ids, experts, block_of(tokens * top, experts))
+    return routed(ids, experts, _block(module, dtype, tokens * top))
+
+
+def _block(module: Any, dtype: torch.dtype, pairs: int) -> int:
+    """Return how many rows a tile has where ``pairs`` fall on the experts: as many as both products take."""
+    most = min(product.most for product in _products(module, dtype))
+    return block_of(pairs, module.down_proj.shape[0], most)
 
 
 def _disagreement(module: Any, dtype: torch.dtype, tokens: int, top: int, tracked: bool) -> str | None:
     """Return how products of so many pairs differ from dense ones; tried once for each layout and way of cutting."""
     first = module.gate_up_proj if module.has_gate else module.up_proj
     single = not tracked and _unsorted(tokens, top, first.shape[0])
-    block = 1 if single else block_of(tokens * top, first.shape[0])
-    for weight, per in ((first, 0 if tracked else top), (module.down_proj, 0)):
-        dtype = weight.compute_dtype or dtype
-        reason = disagreement(_product(weight, dtype), weight.parts, block, single, per)
+    block = 1 if single else _block(module, dtype, tokens * top)
+    weights = (first, module.down_proj)
+    for weight, product, per in zip(weights, _products(module, dtype), (0 if tracked else top, 0), strict=True):
+        reason = disagreement(product, weight.parts, block, single, per)
         if reason is not None:
             return reason
     return None
@@ -129,6 +136,13 @@ def _unsorted(tokens: int, top: int, experts: int) -> bool:
     to read a shared expert again.
     """
     return tokens == 1 or 4 * tokens * top <= experts
+
+
+def _products(module: Any, dtype: torch.dtype) -> tuple[Product, Product]:
+    """Return the products of both projections for inputs of ``dtype``."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    own = first.compute_dtype or dtype
+    return _product(first, own), _product(module.down_proj, module.down_proj.compute_dtype or own)
 
 
 def _product(weight: QuantizedTensor, dtype: torch.dtype) -> Product:
@@ -181,7 +195,7 @@ def _tracked(
     is between them by torch."""
     tokens, top = ids.shape
     experts = projections[0].shape[0]
-    routes = routed(ids.reshape(-1).contiguous(), experts, block_of(tokens * top, experts))
+    routes = routed(ids.reshape(-1).contiguous(), experts, _block(module, hidden.dtype, tokens * top))
     order = routes.order.long()
     numbers = ids.reshape(-1)[order]
     known = ((numbers >= 0) & (numbers < experts)).unsqueeze(-1)

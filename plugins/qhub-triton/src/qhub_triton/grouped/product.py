@@ -14,13 +14,16 @@ from qhub.layouts.tiled import Tiled
 from qhub_triton.grouped.few import grouped_few
 from qhub_triton.grouped.many import grouped_many
 from qhub_triton.grouped.routing import Routes
-from qhub_triton.launch import Launch, native
-from qhub_triton.tiled.arguments import constants_of, many_constants, tensors_of
+from qhub_triton.launch import Launch, native, processors
+from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, tensors_of
+from qhub_triton.tiled.plans import Many, Size, within
 
-__all__ = ["Product", "block_of", "refusal"]
+__all__ = ["Product", "block_of", "many_plan", "refusal"]
 
 # Rows of a tile up to which every weight goes straight to the registers of the matrix units.
 FEW = 8
+# Rows of a tile beyond that: from the first to the last, in powers of two.
+_LEAST, _MOST = 16, 128
 
 
 def refusal(layout: Layout, dtype: torch.dtype) -> str | None:
@@ -39,12 +42,12 @@ def refusal(layout: Layout, dtype: torch.dtype) -> str | None:
     return None
 
 
-def block_of(pairs: int, experts: int) -> int:
-    """Return how many rows a tile should have where ``pairs`` fall on ``experts``."""
+def block_of(pairs: int, experts: int, most: int = _MOST) -> int:
+    """Return how many rows a tile should have where ``pairs`` fall on ``experts``; ``most``: that products take."""
     each = pairs / experts
     if pairs <= FEW or each <= FEW / 2:
         return FEW
-    return int(min(128, max(16, triton.next_power_of_2(int(each)))))
+    return int(min(most, max(_LEAST, triton.next_power_of_2(int(each)))))
 
 
 def few_plan(columns: int, blocks: int) -> tuple[int, int, int, int]:
@@ -54,8 +57,20 @@ def few_plan(columns: int, blocks: int) -> tuple[int, int, int, int]:
     return warps, 1, min(2, -(-blocks // warps)), 1
 
 
+def many_plan(size: Size, rows: int) -> Many:
+    """Return how a program for tiles of ``rows`` rows, more than FEW, works; of fewer where shared memory is full."""
+    wide = rows == _MOST
+    asked = Many(8 if wide else 4, 128 if wide else 64, rows, 1, 4 if rows <= 64 else 3)
+    chosen = within(asked, size)
+    assert isinstance(chosen, Many)
+    return chosen
+
+
 class Product:
-    """Multiplies rows with the experts' matrices, (E, N, K) in tiles. ``parts``: with one leading dimension, E."""
+    """Multiplies rows with the experts' matrices, (E, N, K) in tiles. ``parts``: with one leading dimension, E.
+
+    ``most``: the most rows of a tile, a power of two: a narrow code fills a block with many columns of the input.
+    """
 
     def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
@@ -71,13 +86,17 @@ class Product:
         self.strides = (words[0].numel(), own["scales"][0].numel(), size["scales_super"], size["zeros_super"])
         self.constants = constants_of(layout, parts)
         self.many_constants = many_constants(layout, parts)
+        self.size = size_of(layout, processors(self.device))
+        self.most = _MOST
+        while self.most > _LEAST and many_plan(self.size, self.most).block_m < self.most:
+            self.most //= 2
         self.launches: dict[Any, tuple[Launch, int]] = {}
 
     def __call__(self, x: Tensor, routes: Routes, per: int, bias: Tensor | None = None) -> Tensor:
         """Return y (S, N): row i is the routes' pair at place i, times its expert's matrix, plus ``bias`` (E, N).
 
         ``per``: pairs that share a row of x, (S / per, K) in the order of the tokens; 0: x (S, K) is ordered as y.
-        Rows of pairs without an expert are not written.
+        Rows of pairs without an expert are not written. Raises ValueError where tiles have more rows than ``most``.
         """
         x = x.contiguous()
         y = torch.empty(routes.position.shape[0], self.n, dtype=x.dtype, device=x.device)
@@ -109,7 +128,9 @@ class Product:
             warps, tall, ahead, stages = few_plan(self.n * routes.tiles, self.blocks)
             constants |= {"WARPS": warps, "TALL": tall, "AHEAD": ahead, "STAGES": stages}
             return Launch(grouped_few, constants, {"num_warps": warps, "num_stages": 1}), 16 * tall
-        block_n = 128 if routes.block == 128 else 64
-        stages = 4 if routes.block <= 64 else 3
-        constants |= {**self.many_constants, "STAGES": stages, "BLOCK_N": block_n, "BLOCK_M": routes.block}
-        return Launch(grouped_many, constants, {"num_warps": 8 if block_n == 128 else 4}), block_n
+        if routes.block > self.most:
+            raise ValueError(f"tiles of {routes.block} rows: shared memory holds the inputs of {self.most}")
+        chosen = many_plan(self.size, routes.block)
+        constants |= {**self.many_constants, "STAGES": chosen.stages}
+        constants |= {"BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m}
+        return Launch(grouped_many, constants, {"num_warps": chosen.warps}), chosen.block_n
