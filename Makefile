@@ -50,7 +50,7 @@ gpu-test: $(STAMP)
 gpu-bench: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu.grid --out gpu-bench/gpu_grid.json --rows all --warm 8 --host
 	$(BIN)/python -m benchmarks.gpu.end_to_end --out gpu-bench/gpu_end_to_end.json
-	$(BIN)/python benchmarks/gpu_generate.py --out gpu-bench/gpu_generate.json
+	$(BIN)/python -m benchmarks.gpu.generate --out gpu-bench/gpu_generate.json
 	$(BIN)/python -m benchmarks.gpu.report --results gpu-bench --docs gpu-bench
 
 clean:

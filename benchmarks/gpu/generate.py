@@ -1,22 +1,24 @@
 """Measures plain ``model.generate`` on a GPU, end to end: eager and optimized, dense and quantized, batch by batch.
 
-    python benchmarks/gpu_generate.py --out results.json
-    python benchmarks/gpu_generate.py --only int4 --batches 1 8 32 --prompts 32 2048 --profile
+    python -m benchmarks.gpu.generate --out results.json
+    python -m benchmarks.gpu.generate --only int4 --batches 1 8 32 --prompts 32 2048 --profile
 
-The model has the shape of Llama-3-8B and random weights; the 4-bit one random codes and one scale for 128 weights of a
-row. Tokens/s are those of whole calls (prompt included), the median of three after a warm-up; ``setup_s`` is what the
-first call took longer than the others.
+The model has the shape of Llama-3-8B and random weights, the quantized ones those of the grid's contestants of the same
+name, but for the head, which stays as it is. Tokens/s are those of whole calls (prompt included), the median of three
+after a warm-up; ``setup_s`` is what the first call took longer than the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,9 @@ import transformers
 from torch import nn
 
 import qhub
-from qhub.layouts import Affine
-from qhub.layouts.grid import Grid
-from qhub.layouts.tiled import Tiled
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.qhub_contestants import MAKERS, Made, weight_of
 from qhub.modules import QuantLinear
-from qhub.tensor import QuantizedTensor
 
 SHAPES = {
     "llama-3-8b": {
@@ -49,6 +49,8 @@ SHAPES = {
         "vocab_size": 1024,
     },
 }
+DENSE = ("bf16-eager", "bf16")
+VARIANTS = (*DENSE, "int4-eager", *MAKERS)
 
 
 def build(shape: str, device: str) -> Any:
@@ -69,24 +71,19 @@ def build(shape: str, device: str) -> Any:
     return model
 
 
-def to_int4(model: Any, group: int = 128) -> None:
-    """Replace every linear layer but the head by a 4-bit one with random codes."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear) or name == "lm_head":
-                continue
-            n, k = child.out_features, child.in_features
-            device, dtype = child.weight.device, child.weight.dtype
-            layer = QuantLinear.hollow(k, n, None, dtype)
-            layout = Affine(out_features=n, in_features=k, bits=4, grid=Grid.along_k(group), zero_point=8.0)
-            parts = {
-                "qweight": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device),
-                # Codes are spread evenly over 16 steps: their standard deviation is 4.6.
-                "scales": (0.5 + torch.rand(n, k // group, device=device)).to(dtype) * 0.02 / 4.6,
-            }
-            tiled, ordered = Tiled.arrange(layout, parts)
-            layer._parameters["weight"] = QuantizedTensor.build(tiled, ordered, dtype)  # type: ignore[assignment]
-            setattr(parent, name, layer)
+def quantize(model: Any, make: Callable[[Case], Made]) -> None:
+    """Replace every linear layer but the head by one whose weight ``make`` returns for its shape."""
+    linears = [(name, child) for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+    for seed, (name, child) in enumerate(linears):
+        if name == "lm_head":
+            continue
+        n, k = child.out_features, child.in_features
+        layer = QuantLinear.hollow(k, n, None, child.weight.dtype)
+        layout, parts = make(Case(n, k, str(child.weight.device), seed))
+        weight = weight_of(layout, parts, child.weight.dtype)
+        layer._parameters["weight"] = weight  # type: ignore[assignment]
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
 
 
 def measure(model: Any, batch: int, prompt: int, new: int, repeats: int = 3) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def profile(model: Any, prompt: int = 32, new: int = 24) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--only", nargs="+", choices=["bf16-eager", "bf16", "int4-eager", "int4"])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--prompts", nargs="+", type=int, default=[32])
     parser.add_argument("--new", type=int, default=128)
@@ -168,40 +165,55 @@ def main() -> None:
         "shape": options.shape,
         "runs": [],
         "profiles": {},
+        "failed": {},
     }
-    start = time.perf_counter()
-    model = build(options.shape, "cuda")
-    print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
-    for variant in ("bf16-eager", "bf16", "int4-eager", "int4"):
-        if variant not in wanted:
-            continue
-        if variant.startswith("int4") and not any(isinstance(p, QuantizedTensor) for p in model.parameters()):
-            qhub.optimize(model, False)
-            to_int4(model)
+    model: Any = None
+    held = ""
+    for variant in (name for name in VARIANTS if name in wanted):
+        layout = "bf16" if variant in DENSE else variant.removesuffix("-eager")
+        if held != layout:
+            model = None
+            gc.collect()
             torch.cuda.empty_cache()
-        if not variant.endswith("eager"):
-            del os.environ["QHUB_OPTIMIZE"]
-            from qhub.decoding.optimizing import _decoders
+            model, held = build(options.shape, "cuda"), layout
+            if layout != "bf16":
+                quantize(model, MAKERS[layout])
+                torch.cuda.empty_cache()
+        try:
+            run(model, variant, options, report)
+        except Exception as error:
+            report["failed"][variant] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            print(variant, "FAILED", report["failed"][variant], flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
 
-            _decoders.pop(model, None)
-            qhub.optimize(model)
-        for prompt in options.prompts:
-            for batch in options.batches:
-                row = {"variant": variant, **measure(model, batch, prompt, options.new, options.repeats)}
-                report["runs"].append(row)
-                print(json.dumps(row), flush=True)
-        if not variant.endswith("eager"):
-            decoder = _decoders[model]
-            found = [(key, step.found) for key, step in decoder.steps.items()]
-            print("steps", found, "joined", len(decoder.joined), "told", decoder.told, flush=True)
-            if options.profile:
-                report["profiles"][variant] = rows = profile(model)
-                for row in rows[:25]:
-                    counted = f"{row.get('count', 0):6d} x {row.get('median_us', 0):8.2f}"
-                    print(f"  {row['total_us']:10.0f} us {counted}  {row['name'][:90]}")
-            os.environ["QHUB_OPTIMIZE"] = "0"
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1))
+
+def run(model: Any, variant: str, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Measure one variant for all batches and prompts, and add the rows to ``report``."""
+    from qhub.decoding.optimizing import _decoders
+
+    eager = variant.endswith("eager")
+    os.environ["QHUB_OPTIMIZE"] = "0"
+    if not eager:
+        del os.environ["QHUB_OPTIMIZE"]
+        _decoders.pop(model, None)
+        qhub.optimize(model)
+    for prompt in options.prompts:
+        for batch in options.batches:
+            row = {"variant": variant, **measure(model, batch, prompt, options.new, options.repeats)}
+            if not eager:
+                row["fused"] = {key[0]: step.found for key, step in _decoders[model].steps.items()}.get(batch)
+            report["runs"].append(row)
+            print(json.dumps(row), flush=True)
+    if eager:
+        return
+    decoder = _decoders[model]
+    print("joined", len(decoder.joined), "told", decoder.told, flush=True)
+    if options.profile:
+        report["profiles"][variant] = rows = profile(model)
+        for line in rows[:25]:
+            counted = f"{line.get('count', 0):6d} x {line.get('median_us', 0):8.2f}"
+            print(f"  {line['total_us']:10.0f} us {counted}  {line['name'][:90]}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.case import GROUP, Case, Contestant, Prepared, copies_of
 from benchmarks.gpu.peers import float8_rows
 
-__all__ = ["CONTESTANTS"]
+__all__ = ["CONTESTANTS", "MAKERS", "Made", "weight_of"]
 
 Made = tuple[Any, dict[str, Tensor]]
 
@@ -161,25 +161,45 @@ def _e8p(case: Case) -> Made:
     return layout, {name: parts[name] for name in layout.part_specs()}
 
 
-def _contestant(name: str, group: str, make: Callable[[Case], Made], **settings: Any) -> Contestant:
+# What makes each layout's weight for a case, by name.
+MAKERS: dict[str, Callable[[Case], Made]] = {
+    "int4": _affine(4),
+    "int4_zeros": _affine(4, zeros=True),
+    "int8": _affine(8),
+    "int3": _affine(3),
+    "int2": _affine(2),
+    "int1": _affine(1),
+    "nf4": _nf4(False),
+    "nf4_nested": _nf4(True),
+    "fp8": _float8(False),
+    "fp8_dynamic": _float8(True),
+    "llm_int8": _llm_int8(0.0),
+    "llm_int8_outliers": _llm_int8(6.0),
+    "aqlm_2x8": _aqlm,
+    "e8p": _e8p,
+}
+
+
+def _contestant(name: str, group: str | None = None, **settings: Any) -> Contestant:
     dtype = settings.get("dtype", torch.bfloat16)
-    return Contestant(f"qhub_{name}", group, _prepare(make, dtype), peer=False, **settings)
+    make = MAKERS[name.removesuffix("_fp16")]
+    return Contestant(f"qhub_{name}", group or name, _prepare(make, dtype), peer=False, **settings)
 
 
 CONTESTANTS = [
-    _contestant("int4", "int4", _affine(4)),
-    _contestant("int4_fp16", "int4", _affine(4), dtype=torch.float16),
-    _contestant("int4_zeros", "int4_zeros", _affine(4, zeros=True)),
-    _contestant("int8", "int8", _affine(8)),
-    _contestant("int3", "int3", _affine(3)),
-    _contestant("int2", "int2", _affine(2)),
-    _contestant("int1", "int1", _affine(1)),
-    _contestant("nf4", "nf4", _nf4(False)),
-    _contestant("nf4_nested", "nf4_nested", _nf4(True)),
-    _contestant("fp8", "fp8", _float8(False)),
-    _contestant("fp8_dynamic", "fp8_dynamic", _float8(True), limit=0.06),
-    _contestant("llm_int8", "int8_dynamic", _llm_int8(0.0), limit=0.06),
-    _contestant("llm_int8_outliers", "int8_outliers", _llm_int8(6.0), limit=0.06, outliers=True),
-    _contestant("aqlm_2x8", "codebook", _aqlm),
-    _contestant("e8p", "codebook", _e8p),
+    _contestant("int4"),
+    _contestant("int4_fp16", "int4", dtype=torch.float16),
+    _contestant("int4_zeros"),
+    _contestant("int8"),
+    _contestant("int3"),
+    _contestant("int2"),
+    _contestant("int1"),
+    _contestant("nf4"),
+    _contestant("nf4_nested"),
+    _contestant("fp8"),
+    _contestant("fp8_dynamic", limit=0.06),
+    _contestant("llm_int8", "int8_dynamic", limit=0.06),
+    _contestant("llm_int8_outliers", "int8_outliers", limit=0.06, outliers=True),
+    _contestant("aqlm_2x8", "codebook"),
+    _contestant("e8p", "codebook"),
 ]

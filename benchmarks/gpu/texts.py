@@ -7,7 +7,7 @@ Written from `benchmarks/results/gpu_*.json` by `python -m benchmarks.gpu.report
 ```bash
 python -m benchmarks.gpu.grid --out grid.json --rows all --warm 12      # products: every layout against every peer
 python -m benchmarks.gpu.end_to_end --out end_to_end.json               # an 8B shape: quantizing, prefill, LoRA step
-python benchmarks/gpu_generate.py --out generate.json                   # and generate
+python -m benchmarks.gpu.generate --out generate.json                   # and generate
 python -m benchmarks.gpu.report --merge grid.json                       # tables and pictures
 ```
 
