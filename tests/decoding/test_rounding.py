@@ -124,7 +124,7 @@ def test_what_is_run_once_more_is_what_was_run(kind, monkeypatch, make):
     qhub.optimize(model)
     ids = torch.arange(3, 12).expand(2, 9)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-    assert places[0] == "step" and len(places) == (1 if _decoders[model].prompt == {} else 2)
+    assert places[0] == "step" and len(places) == (2 if _decoders[model].prompt else 1)
 
 
 def test_disagreement():
