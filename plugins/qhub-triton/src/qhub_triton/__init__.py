@@ -1,6 +1,7 @@
 """Kernels for GPUs: products with quantized weights in portable Triton. No method is named here.
 
 tiled/     affine, lookup and float8 codes in tiles: few rows of input to thousands
+wide/      the same tiles, many rows of input on Hopper
 codebook/  vectors picked by wide codes, rotations
 eightbit/  inputs rounded to float8 or int8
 dense/     any layout to its dense weight, for many rows and for gradients
@@ -19,7 +20,7 @@ from qhub import hookimpl
 if TYPE_CHECKING:
     from qhub.kernels import KernelSpec
 
-_AREAS = ("tiled", "codebook", "eightbit", "dense")
+_AREAS = ("tiled", "wide", "codebook", "eightbit", "dense")
 
 
 @hookimpl

@@ -48,11 +48,18 @@ class Launch:
     ``constants``: its constexpr arguments, which come last. ``options``: num_warps, num_stages and the like. Called
     with a grid and the other arguments in order, tensors among them. What decides for what a kernel is compiled must be
     the same in all calls: dtypes, which integers are 1 or a multiple of 16, and whether pointers are; where that can
-    change, the kernel says ``do_not_specialize``, or the caller keeps a launch for each case.
+    change, the kernel says ``do_not_specialize``, or the caller keeps a launch for each case. ``plain``: the types of
+    arguments that are handed on as they are; others are tensors.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self.kernel, self.constants, self.options = kernel, constants, options
+    def __init__(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        options: dict[str, Any],
+        plain: frozenset[type] = frozenset({int}),
+    ) -> None:
+        self.kernel, self.constants, self.options, self.plain = kernel, constants, options, plain
         self.values = tuple(constants.values())
         self.fast: Any = None
         self.device = -1
@@ -62,7 +69,8 @@ class Launch:
         fast = self.fast
         # A kernel is loaded for one GPU, and launched while that is the current one.
         if fast is not None and device == self.device == torch._C._cuda_getDevice():
-            addresses = [a if type(a) is int else a.data_ptr() for a in arguments]
+            plain = self.plain
+            addresses = [a if type(a) in plain else a.data_ptr() for a in arguments]
             fast.run(
                 *grid, stream_of(device), fast.function, fast.packed_metadata, None, None, None, *addresses,
                 *self.values,

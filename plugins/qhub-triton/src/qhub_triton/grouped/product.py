@@ -14,7 +14,7 @@ from qhub.layouts.tiled import Tiled
 from qhub_triton.grouped.few import grouped_few
 from qhub_triton.grouped.many import grouped_many
 from qhub_triton.grouped.routing import Routes
-from qhub_triton.launch import Launch, native, processors
+from qhub_triton.launch import Launch, native
 from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, tensors_of
 from qhub_triton.tiled.plans import Many, Size, within
 
@@ -86,7 +86,7 @@ class Product:
         self.strides = (words[0].numel(), own["scales"][0].numel(), size["scales_super"], size["zeros_super"])
         self.constants = constants_of(layout, parts)
         self.many_constants = many_constants(layout, parts)
-        self.size = size_of(layout, processors(self.device))
+        self.size = size_of(layout, self.device)
         self.most = _MOST
         while self.most > _LEAST and many_plan(self.size, self.most).block_m < self.most:
             self.most //= 2

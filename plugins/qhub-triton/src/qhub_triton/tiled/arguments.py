@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qhub.layouts import Float8, Nested, Parts
 from qhub.layouts.tiled import Tiled
-from qhub_triton.launch import native
+from qhub_triton.launch import native, processors
 from qhub_triton.tiled import decode
 from qhub_triton.tiled.plans import Size
 
@@ -30,10 +30,11 @@ def many_constants(layout: Tiled, parts: Parts) -> dict[str, bool]:
     return {"WHOLE": whole, "EARLY": fractional or not any(layout.scale_tensors().values())}
 
 
-def size_of(layout: Tiled, processors: int) -> Size:
-    """Return what plans are made by."""
+def size_of(layout: Tiled, device: torch.device) -> Size:
+    """Return what plans for a weight on ``device`` are made by."""
     light = getattr(layout.of, "zero", "constant") == "constant" and not any(layout.scale_tensors().values())
-    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors, light)
+    looked_up = "table" in layout.part_specs()
+    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors(device), light, looked_up)
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:

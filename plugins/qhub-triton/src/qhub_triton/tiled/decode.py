@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "numbers", "offset_of", "ones"]
+__all__ = ["E4M3", "E5M2", "INTEGER", "TABLE", "field", "float8", "numbers", "offset_of", "ones"]
 
 INTEGER: tl.constexpr = tl.constexpr(0)
 TABLE: tl.constexpr = tl.constexpr(1)
@@ -28,7 +28,7 @@ def offset_of(kind, bits, half, native):
 
 
 @triton.constexpr_function
-def _field(bits, place, half, high):
+def field(bits, place, half, high):
     """Return the instructions that put the codes at ``place`` of two words below an exponent."""
     mask = (1 << bits) - 1
     shift = bits * place
@@ -39,7 +39,7 @@ def _field(bits, place, half, high):
 
 
 @triton.constexpr_function
-def _float8(place, half, exponent):
+def float8(place, half, exponent):
     """Return the instructions that widen the float8 at ``place`` of two words; its exponent has ``exponent`` bits.
 
     Sign and magnitude are moved to the places of the 16-bit format; the difference of the biases is a factor 2^n.
@@ -72,11 +72,11 @@ def numbers(
     """
     HALF: tl.constexpr = DTYPE == tl.float16
     if NATIVE and KIND == INTEGER:
-        return _pairs(words, _field(BITS, PLACE, HALF, HIGH), HALF)
+        return _pairs(words, field(BITS, PLACE, HALF, HIGH), HALF)
     elif NATIVE and KIND == E4M3:
-        return _pairs(words, _float8(PLACE, HALF, 4), HALF)
+        return _pairs(words, float8(PLACE, HALF, 4), HALF)
     elif NATIVE and KIND == E5M2:
-        return _pairs(words, _float8(PLACE, HALF, 5), HALF)
+        return _pairs(words, float8(PLACE, HALF, 5), HALF)
     code = (words.to(tl.int32) >> (BITS * PLACE)) & ((1 << BITS) - 1)
     if HIGH is not None:
         code = (code >> (4 * HIGH)) & 15

@@ -12,14 +12,18 @@ from torch import Tensor
 from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import transform_input, transform_output
-from qhub_triton.launch import Launch, native, overlaps, processors, stream_of
+from qhub_triton.launch import Launch, native, overlaps, stream_of
 from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, tensors_of
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
-from qhub_triton.tiled.plans import Few, Many, candidates, config_of, plan, plan_of, within
+from qhub_triton.tiled.plans import Few, Many, Plan, Wide, candidates, config_of, plan, plan_of, within
+from qhub_triton.wide.launching import TILE, WideLaunch
 
 __all__ = ["bind", "linear", "tunables"]
+
+Run = Launch | WideLaunch
+_OVERLAPS = {False: 0, "": 0, True: 1, "early": 1, "late": 2}
 
 if TYPE_CHECKING:
     from qhub.kernels import Problem
@@ -29,7 +33,7 @@ def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]
     """Return the plans worth measuring for ``m`` rows of input, by name."""
     layout = problem.layout
     assert isinstance(layout, Tiled)
-    found = [config_of(one) for one in candidates(size_of(layout, processors(parts["qweight"].device)), m)]
+    found = [config_of(one) for one in candidates(size_of(layout, parts["qweight"].device), m)]
     return {"-".join(str(value) for value in one.values()): one for one in found}
 
 
@@ -49,9 +53,9 @@ def bind(
 
 
 class Product:
-    """Holds one weight's arguments, and a launch for each plan it has met."""
+    """Holds one weight's arguments, and a launch for each plan it has met. ``stages``: of :class:`Size`."""
 
-    def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype, chosen: Few | Many | None) -> None:
+    def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype, chosen: Plan | None, stages: int = 0) -> None:
         self.layout, self.parts, self.dtype, self.chosen = layout, parts, dtype, chosen
         self.n, self.k = layout.out_features, layout.in_features
         self.blocks, self.groups = layout.blocks, layout.groups
@@ -60,11 +64,11 @@ class Product:
         if self.device.type == "cuda":
             self.index = self.device.index or 0
             prepare(self.device)
-        self.size = size_of(layout, processors(self.device))
+        self.size = replace(size_of(layout, self.device), stages=stages)
         self.tensors = tensors_of(layout, parts, dtype)
         self.constants = constants_of(layout, parts)
         self.overlaps = self.index >= 0 and overlaps(self.device)
-        self.launches: dict[tuple[int, bool, bool, bool], tuple[Few | Many, Launch]] = {}
+        self.launches: dict[tuple[int, bool, bool, bool], tuple[Plan, Run]] = {}
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         layout = self.layout
@@ -77,33 +81,53 @@ class Product:
         key = (m if m <= 16 else 16 + (m - 1).bit_length(), bias is not None, aligned, overlap)
         found = self.launches.get(key)
         if found is None:
-            found = self.launches[key] = self._launch(m, bias is not None, overlap)
-        chosen, launch = found
-        y = torch.empty(m, self.n, dtype=x.dtype, device=x.device)
-        tensors = self.tensors
-        if isinstance(chosen, Few):
-            grid = (-(-self.n // (16 * chosen.tall)), -(-m // chosen.block_m), 1)
-            launch(
-                grid, self.index, x, *tensors, tensors[0] if bias is None else bias, y,
-                m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
-            )  # fmt: skip
-        else:
-            tiles = -(-self.n // chosen.block_n) * -(-m // chosen.block_m)
-            shares, counters = self._shares(tiles, chosen)
-            launch(
-                (tiles * chosen.split, 1, 1), self.index, x, *tensors, tensors[0] if bias is None else bias, y,
-                shares, counters, m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
-                -(-self.blocks // chosen.split),
-            )  # fmt: skip
+            found = self.launches[key] = self._launch(m, *key[1:])
+        y = self._run(*found, x, bias)
         if layout.transforms:
             y = transform_output(y, layout, self.parts).to(self.dtype)
         return y
 
-    def _launch(self, m: int, biased: bool, overlap: bool) -> tuple[Few | Many, Launch]:
+    def _run(self, chosen: Plan, run: Run, x: Tensor, bias: Tensor | None) -> Tensor:
+        m = x.shape[0]
+        y = torch.empty(m, self.n, dtype=x.dtype, device=x.device)
+        tensors = self.tensors
+        if isinstance(run, WideLaunch):
+            assert isinstance(chosen, Wide)
+            run(x, bias, y, *self._shares(run.tiles(m), chosen.split, TILE * TILE))
+        elif isinstance(chosen, Few):
+            grid = (-(-self.n // (16 * chosen.tall)), -(-m // chosen.block_m), 1)
+            run(
+                grid, self.index, x, *tensors, tensors[0] if bias is None else bias, y,
+                m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
+            )  # fmt: skip
+        else:
+            assert isinstance(chosen, Many)
+            tiles = -(-self.n // chosen.block_n) * -(-m // chosen.block_m)
+            shares, counters = self._shares(tiles, chosen.split, chosen.block_n * chosen.block_m)
+            run(
+                (tiles * chosen.split, 1, 1), self.index, x, *tensors, tensors[0] if bias is None else bias, y,
+                shares, counters, m, self.n, self.k, self.blocks, self.groups, self.k, self.n,
+                -(-self.blocks // chosen.split),
+            )  # fmt: skip
+        return y
+
+    def _launch(self, m: int, biased: bool, aligned: bool, overlap: bool) -> tuple[Plan, Run]:
+        # Launches are kept for all m up to a power of two.
+        most = m if m <= 16 else 1 << (m - 1).bit_length()
         chosen = within(self.chosen or plan(self.size, m), self.size)
-        overlap = overlap and chosen.overlap
-        if isinstance(chosen, Many) and -(-self.n // chosen.block_n) * -(-m // chosen.block_m) > SIZE:
+        if isinstance(chosen, Wide):
+            if -(-self.n // TILE) * -(-most // TILE) * 2 > SIZE:
+                chosen = replace(chosen, split=1)
+            if aligned:
+                return chosen, self._wide(chosen, biased)
+            chosen = plan(replace(self.size, stages=0), m)
+        if isinstance(chosen, Many) and -(-self.n // chosen.block_n) * -(-most // chosen.block_m) > SIZE:
             chosen = replace(chosen, split=1)
+        return chosen, self._compiled(chosen, biased, overlap)
+
+    def _compiled(self, chosen: Plan, biased: bool, overlaps: bool) -> Launch:
+        assert not isinstance(chosen, Wide)
+        overlap = _OVERLAPS[chosen.overlap] if overlaps else 0
         constants = {**self.constants, "HAS_BIAS": biased, "NATIVE": native(self.device), "OVERLAP": overlap}
         options = {"num_warps": chosen.warps, **({"launch_pdl": True} if overlap else {})}
         if isinstance(chosen, Few):
@@ -111,20 +135,24 @@ class Product:
                 "WARPS": chosen.warps, "TALL": chosen.tall, "AHEAD": chosen.ahead,
                 "TURNS": chosen.turns(self.blocks), "BLOCK_M": chosen.block_m,
             }  # fmt: skip
-            return chosen, Launch(few, constants, {**options, "num_stages": 1})
+            return Launch(few, constants, {**options, "num_stages": 1})
         constants |= many_constants(self.layout, self.parts)
         constants |= {
             "SPLIT": chosen.split, "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
         }  # fmt: skip
         if chosen.registers and native(self.device):
             options["maxnreg"] = chosen.registers
-        return chosen, Launch(many, constants, options)
+        return Launch(many, constants, options)
 
-    def _shares(self, tiles: int, chosen: Many) -> tuple[Tensor, Tensor]:
+    def _wide(self, chosen: Wide, biased: bool) -> WideLaunch:
+        whole = many_constants(self.layout, self.parts)["WHOLE"]
+        constants = {**self.constants, "WHOLE": whole, "HAS_BIAS": biased}
+        return WideLaunch(self.layout, self.tensors, constants, self.dtype, chosen)
+
+    def _shares(self, tiles: int, split: int, size: int) -> tuple[Tensor, Tensor]:
         """Return memory for the parts of a sum, and the counters of the current stream."""
-        if chosen.split == 1:
+        if split == 1:
             return self.tensors[0], self.tensors[0]
-        size = tiles * chosen.split * chosen.block_n * chosen.block_m
-        shares = torch.empty(size, dtype=torch.float32, device=self.device)
+        shares = torch.empty(tiles * split * size, dtype=torch.float32, device=self.device)
         stream = stream_of(self.index) if self.index >= 0 else 0
         return shares, counters(self.device, stream)

@@ -32,7 +32,8 @@ def many(
 
     ``shares``: SPLIT x (programs of one part) x BLOCK_N * BLOCK_M float32; ``counters``: as many int32, 0 before and
     after. WHOLE: zeros are whole numbers. EARLY: weights are scaled before the product, and rounded to x's dtype as a
-    dequantized weight is; one accumulator then does for all groups. OVERLAP: see :mod:`qhub_triton.tiled.few`.
+    dequantized weight is; one accumulator then does for all groups. OVERLAP: 0, or when the kernel after this one may
+    begin: 1 at once, 2 when the last block has been multiplied.
     """
     P: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = run_of(P, GROUP)
@@ -62,7 +63,8 @@ def many(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     held = entries(table, KIND, BITS, NATIVE)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        if OVERLAP == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if AHEAD:
         now = factors(
@@ -93,6 +95,8 @@ def many(
             now = later
         pointer += 2048
         source += P * 32
+    if OVERLAP >= 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
         size: tl.constexpr = BLOCK_N * BLOCK_M
         cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]

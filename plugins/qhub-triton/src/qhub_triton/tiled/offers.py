@@ -31,6 +31,6 @@ def offers() -> list[KernelSpec]:
             cost=Cost(bandwidth=0.75, rate=0.7, unit="half", tile=16, launch=3e-6),
             packages=("triton",),
             rank=30,
-            version=2,
+            version=3,
         )
     ]

@@ -9,7 +9,7 @@ from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, paired, run_of
 from qhub_triton.tiled.registers import in_registers
 
-__all__ = ["block_product", "depth_of", "factors", "unit_of"]
+__all__ = ["TINY", "as_subnormal", "block_product", "depth_of", "factors", "rounds", "subnormal", "unit_of"]
 
 # Weights made of subnormal numbers are times 2^-TINY, so that a scale's part of them stays far from both ends.
 _TINY = 69
@@ -28,7 +28,7 @@ def depth_of(early, bits):
 
 @triton.constexpr_function
 def as_subnormal(kind, bits, half, native, zero, zero_point):
-    """Return whether codes become weights by one masking and one multiply-add: see :func:`_subnormal`.
+    """Return whether codes become weights by one masking and one multiply-add: see :func:`subnormal`.
 
     What is added is the zero point times the scale, which must be exact: the zero point is a power of two, and no more
     than half the codes. A code must lie in one byte.
@@ -39,7 +39,7 @@ def as_subnormal(kind, bits, half, native, zero, zero_point):
 
 
 @triton.constexpr_function
-def _rounds(nested, stored, half):
+def rounds(nested, stored, half):
     """Return whether scales of the dtype ``stored`` are no numbers of the input's dtype: float16 if ``half``."""
     if nested is not None or stored == tl.float32:
         return True
@@ -55,7 +55,7 @@ def unit_of(unit, kind, bits, half, native, zero, zero_point, early):
 
 
 @triton.constexpr_function
-def _subnormal(bits, place, zero_point, exact):
+def subnormal(bits, place, zero_point, exact):
     """Return the instructions for the weights at ``place`` of two words.
 
     The code's bits, where they lie, are a bfloat16 below 2^-125: the code times 2^(position - 133). That times $2, plus
@@ -193,7 +193,7 @@ def _scaled(
             codes, tl.broadcast_to((own * FACTOR).to(DTYPE)[:, None], codes.shape),
             tl.broadcast_to(more[:, None], codes.shape),
         ]  # fmt: skip
-        code: tl.constexpr = _subnormal(BITS, PLACE, ZERO_POINT, not ROUNDS)
+        code: tl.constexpr = subnormal(BITS, PLACE, ZERO_POINT, not ROUNDS)
         return tl.inline_asm_elementwise(code, "=r,r,r,r", args=args, dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ZERO == 0 and ZERO_POINT % 1 != 0:
         POINT: tl.constexpr = ZERO_POINT // 1
@@ -259,7 +259,7 @@ def block_product(
         EARLY or WHOLE or (ZERO == 0 and ZERO_POINT % 1 == 0),
         "numbers less their zeros are rounded before their scales",
     )
-    ROUNDS: tl.constexpr = _rounds(NESTED, STORED, DTYPE == tl.float16)
+    ROUNDS: tl.constexpr = rounds(NESTED, STORED, DTYPE == tl.float16)
     p = tl.arange(0, DEPTH)
     if EARLY:
         for turn in tl.static_range(P * 32 // DEPTH):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Few", "Many", "Size", "candidates", "config_of", "plan", "plan_of", "within"]
+__all__ = ["Few", "Many", "Plan", "Size", "Wide", "candidates", "config_of", "plan", "plan_of", "within"]
 
 # Bytes of shared memory that the stages of a program may take: an H100 has 227 KiB of it for one.
 _SHARED = 224 << 10
@@ -32,6 +32,8 @@ class Many:
     """Cuts the work of :mod:`qhub_triton.tiled.many`: see there.
 
     ``registers``: the most that a thread may have, so that more programs fit on a processor; 0 for no limit.
+    ``overlap``: when the kernel after it may begin, "early", "late" (the last block has been multiplied) or "" (at the
+    end): programs that wait for this one's end are in the way of its reads where those are all there is to do.
     """
 
     warps: int
@@ -39,8 +41,19 @@ class Many:
     block_m: int
     split: int
     stages: int
-    overlap: bool = True
+    overlap: str = "early"
     registers: int = 0
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Cuts the work of :mod:`qhub_triton.wide.kernel`: see there."""
+
+    split: int
+    stages: int
+
+
+Plan = Few | Many | Wide
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,9 @@ class Size:
     """Is a weight of ``n`` rows on a GPU of ``processors``.
 
     ``blocks``: of a row; ``depth``: weights of a row in a block. ``light``: scales are plain, and there are no zeros;
-    else widening weights in a program for many rows costs more than reading them.
+    else widening weights in a program for many rows costs more than reading them. ``looked_up``: codes stand for the
+    numbers of a table, which takes longer. ``stages``: the most that :class:`Wide` has room for; 0 where it cannot be
+    used.
     """
 
     n: int
@@ -56,20 +71,22 @@ class Size:
     depth: int
     processors: int
     light: bool
+    looked_up: bool = False
+    stages: int = 0
 
 
-def plan_of(config: dict[str, Any]) -> Few | Many:
+def plan_of(config: dict[str, Any]) -> Plan:
     """Return the plan that ``config``, plain data, describes."""
     own = dict(config)
-    return {"few": Few, "many": Many}[own.pop("kernel")](**own)
+    return {"few": Few, "many": Many, "wide": Wide}[own.pop("kernel")](**own)
 
 
-def config_of(plan: Few | Many) -> dict[str, Any]:
+def config_of(plan: Plan) -> dict[str, Any]:
     """Return ``plan`` as plain data."""
     return {"kernel": type(plan).__name__.lower(), **asdict(plan)}
 
 
-def plan(size: Size, m: int) -> Few | Many:
+def plan(size: Size, m: int) -> Plan:
     """Return a plan for ``m`` rows of input.
 
     A rule drawn from measurements on an H100; a table of measurements goes before it.
@@ -83,18 +100,21 @@ def plan(size: Size, m: int) -> Few | Many:
         if pairs >= 3 * processors:
             return Few(4, 2, 2, 8)
         return Few(8, 2, 2, 8) if pairs >= 1.5 * processors or blocks <= 32 else Few(16, 1, 1, 8)
-    if m <= 2 and small:
-        return Few(8, 2, 2, 8)
+    if m <= 2 and size.looked_up:
+        return Few(8, 2, 2 if small else 1, 8)
     if m <= 16:
         # Four programs of 64 rows for each processor.
         split = _doubled(short, 4 * processors, 4 if small else 8)
-        return within(Many(4, 64, 8 if m <= 8 else 16, split, 4, overlap=False), size)
+        return within(Many(4, 64, 8 if m <= 8 else 16, split, 4, overlap="late"), size)
     if small and m <= 32:
-        return within(Many(4, 64, 32, 4, 3, overlap=False), size)
+        return within(Many(4, 64, 32, 4, 3, overlap="late"), size)
     if small and m <= 64:
         return within(Many(4, 64, 64, 4, 4), size)
     if m <= 64:
         return within(Many(8, 128, 32 if m <= 32 else 64, _doubled(tall, 2 * processors, 8), 4), size)
+    split = _doubled(tall * -(-m // 128), processors, 4)
+    if size.stages and tall * -(-m // 128) * split * 2 > processors:
+        return within(Wide(split, size.stages), size)
     if m <= 128:
         if tall > processors:
             return within(Many(16, 256, 128, 1, 4, registers=128), size)
@@ -114,8 +134,10 @@ def _doubled(tiles: int, most: int, limit: int) -> int:
     return split
 
 
-def within(chosen: Few | Many, size: Size) -> Few | Many:
+def within(chosen: Plan, size: Size) -> Plan:
     """Return ``chosen`` with no more parts than get a block each, and no more than shared memory holds."""
+    if isinstance(chosen, Wide):
+        return replace(chosen, split=max(1, min(chosen.split, size.blocks)), stages=min(chosen.stages, size.stages))
     if not isinstance(chosen, Many):
         return chosen
     each = -(-size.blocks // max(1, min(chosen.split, size.blocks)))
@@ -131,23 +153,25 @@ def within(chosen: Few | Many, size: Size) -> Few | Many:
     return chosen
 
 
-def candidates(size: Size, m: int) -> list[Few | Many]:
+def candidates(size: Size, m: int) -> list[Plan]:
     """Return the plans that are worth measuring, those near the rule's."""
-    chosen = plan(size, m)
-    found: list[Few | Many] = [chosen]
+    chosen = plan(replace(size, stages=0), m)
+    found: list[Plan] = [plan(size, m), chosen]
+    if size.stages and m > 64:
+        found += [Wide(split, size.stages) for split in ((1, 2, 4) if m <= 512 else (1,))]
     splits: tuple[int, ...] = (1, 2, 4, 8)
     if isinstance(chosen, Many):
         splits = tuple(s for s in (chosen.split // 2, chosen.split, chosen.split * 2) if 1 <= s <= 8)
     if m <= 8:
         found += [Few(8, 2, 2, 8), Few(4, 2, 2, 8), Few(16, 1, 1, 8)]
-        found += [Many(4, 64, 8, split, 6, overlap=False) for split in splits]
+        found += [Many(4, 64, 8, split, 6, overlap="late") for split in splits]
     if m <= 16:
         rows = 8 if m <= 8 else 16
-        found += [Many(4, 64, rows, split, 4, overlap=False) for split in splits]
+        found += [Many(4, 64, rows, split, 4, overlap="late") for split in splits]
         found += [Many(8, 128, 16, split, 4) for split in splits]
     elif m <= 32:
         found += [Many(8, 128, 32, split, 4) for split in splits]
-        found += [Many(4, 64, 32, split, 3, overlap=False) for split in splits]
+        found += [Many(4, 64, 32, split, 3, overlap="late") for split in splits]
     elif m <= 64:
         found += [Many(8, 128, 64, split, 4) for split in splits] + [Many(4, 64, 64, split, 4) for split in splits]
     elif m <= 128:

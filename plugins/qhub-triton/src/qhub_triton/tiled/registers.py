@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["entries", "in_registers", "looked_up"]
+__all__ = ["entries", "in_registers", "looked_up", "lookup", "lookup_kinds"]
 
 
 @triton.constexpr_function
-def _code():
+def lookup():
     """Return the instructions: $0 to $3 the numbers at places 0 to 3 of the two words $4, $5 to $20 the table's bytes,
     each word of them twice."""
     lower, upper = ("$5", "$7", "$9", "$11"), ("$13", "$15", "$17", "$19")
@@ -37,7 +37,7 @@ def _code():
 
 
 @triton.constexpr_function
-def _constraints():
+def lookup_kinds():
     return ",".join(["=r"] * 4 + ["r"] * 17)
 
 
@@ -71,9 +71,9 @@ def looked_up(words, table, DTYPE: tl.constexpr):
     # The dtypes are written out: the compiler takes no constants of the caller's here.
     if DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _code(), _constraints(), args, (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
+            lookup(), lookup_kinds(), args, (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
         )
     else:
         return tl.inline_asm_elementwise(
-            _code(), _constraints(), args, (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            lookup(), lookup_kinds(), args, (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )

@@ -1,0 +1,30 @@
+"""Which weights in tiles the kernel for many rows on Hopper does not take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qhub.layouts.tiled import Tiled
+from qhub_triton.tiled import admission
+
+if TYPE_CHECKING:
+    from qhub.kernels import Problem
+
+__all__ = ["accepts"]
+
+
+def accepts(problem: Problem) -> str | None:
+    """Return why ``problem`` is left to others; None where the kernel takes it."""
+    assert isinstance(problem.layout, Tiled)
+    if any(problem.layout.scale_tensors().values()):
+        return "reads plain scales and zeros, not those under a second level of scales"
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "is for NVIDIA's compute capability 9"
+    try:
+        import qhub_triton.wide.kernel  # noqa: F401
+    except Exception as error:
+        # An interface that is not settled may fail in any way.
+        return f"needs Gluon as triton 3.6 has it ({type(error).__name__}: {error})"
+    return admission.accepts(problem)

@@ -1,0 +1,94 @@
+"""The kernel for many rows on Hopper, without one: it compiles for every kind of weight, and no product waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("qhub_triton.wide.kernel")
+triton = pytest.importorskip("triton")
+
+BASE: dict[str, Any] = {
+    "BITS": 4, "KIND": 0, "GROUP": 128, "ZERO": 0, "ZERO_POINT": 8.0, "UNIT": 1.0, "WHOLE": False, "ROUNDS": False,
+    "HAS_BIAS": False, "STAGES": 4, "SPLIT": 1, "TILE": 128,
+}  # fmt: skip
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "int4": ("bf16", "bf16", "u8", {}),
+    "parts": ("bf16", "bf16", "u8", {"SPLIT": 2, "HAS_BIAS": True}),
+    "zeros": ("bf16", "bf16", "u8", {"ZERO": 1, "ZERO_POINT": 0.0, "WHOLE": True}),
+    "fractional": ("bf16", "fp32", "bf16", {"ZERO": 1, "ZERO_POINT": 0.0, "GROUP": 64, "ROUNDS": True}),
+    "table": ("bf16", "fp32", "u8", {"KIND": 1, "ZERO_POINT": 0.0, "GROUP": 64, "ROUNDS": True}),
+    "int8": ("bf16", "bf16", "u8", {"BITS": 8, "ZERO_POINT": 128.0, "STAGES": 8}),
+    "int2": ("bf16", "bf16", "u8", {"BITS": 2, "ZERO_POINT": 2.0, "STAGES": 2}),
+    "half": ("fp16", "fp16", "u8", {}),
+    "float8": ("bf16", "fp32", "u8", {"BITS": 8, "KIND": 2, "ZERO_POINT": 0.0, "ROUNDS": True, "STAGES": 8}),
+}
+
+
+def _compile(case: str) -> Any:
+    from qhub_triton.wide import kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    dtype, scales, zeros, changes = CASES[case]
+    constants = {**BASE, **changes}
+
+    def piece(kind: str, rows: int, columns: int, swizzle: int) -> str:
+        shared = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=2)
+        return f"tensordesc<{kind}[{rows}, {columns}],{shared!r}>"
+
+    types = {
+        "xd": piece(dtype, 128, 512 // constants["BITS"], 128), "wd": piece("i16", 64, 32, 64), "scales": f"*{scales}",
+        "zeros": f"*{zeros}", "table": "*i32", "bias": f"*{dtype}", "yd": piece(dtype, 128, 64, 128),
+        "shares": "*fp32", "counters": "*i32",
+    }  # fmt: skip
+    names = kernel.wide.arg_names
+    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    source = GluonASTSource(
+        kernel.wide,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in ("scales", "zeros", "shares", "bias")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernel.WARPS})
+
+
+def _assembler() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile every case in a process without the interpreter, which stands in for the compiler in this one."""
+    folder = tmp_path_factory.mktemp("wide")
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not _assembler().exists(), reason="no assembler for NVIDIA's GPUs")
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_left_under_way(case: str, compiled: Path) -> None:
+    # A program may have 227 KiB of an H100's shared memory.
+    assert json.loads((compiled / f"{case}.json").read_text())["shared"] <= 227 << 10
+    code = compiled / f"{case}.ptx"
+    command = [_assembler(), "-v", "--gpu-name=sm_90a", code, "-o", compiled / f"{case}.cubin"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # C7510 to C7514: products are made to wait for each other.
+    assert "C75" not in told and "bytes spill stores" not in told.replace(" 0 bytes spill stores", ""), told
+    waits = [line.split()[-1].rstrip(";") for line in code.read_text().splitlines() if "wgmma.wait_group" in line]
+    # Each of two roles waits for all products once, at a tile's end, and leaves one under way after each in its loop.
+    assert waits.count("0") == 2 and waits.count("1") == 2 * 16 // {**BASE, **CASES[case][3]}["BITS"]
+
+
+if __name__ == "__main__":
+    for name in CASES:
+        found = _compile(name)
+        (Path(sys.argv[1]) / f"{name}.ptx").write_text(found.asm["ptx"])
+        (Path(sys.argv[1]) / f"{name}.json").write_text(json.dumps({"shared": found.metadata.shared}))
