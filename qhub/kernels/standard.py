@@ -2,7 +2,7 @@
 
 Run it on a card that no table is shipped for, from the root of the repository::
 
-    python -m qhub.kernels.standard --out qhub/kernels/cards [--seconds 300] [--warm 8]
+    python -m qhub.kernels.standard --out qhub/kernels/cards [--seconds 300] [--warm 8] [--layouts 3]
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ def _layouts(n: int, k: int) -> Iterator[Layout]:
     )
 
 
-def standard_tasks(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[Task]:
-    """Yield what to measure, the most common first; in tiles where a layout can be held so, as on a GPU it is."""
+def standard_tasks(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, layouts: int | None = None
+) -> Iterator[Task]:
+    """Yield what to measure, the most common first; in tiles where a layout can be held so, as on a GPU it is.
+
+    ``layouts``: only so many of them; None: all.
+    """
     for shapes in (_SHAPES, _MORE):
-        for kind in range(len(list(_layouts(64, 128)))):
+        for kind in range(len(list(_layouts(64, 128))[:layouts])):
             for n, k in shapes:
                 layout = list(_layouts(n, k))[kind]
                 parts = _random(layout, device, dtype)
@@ -89,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=600.0,
         help="begin no layer after so long; as long for --warm",
     )
+    parser.add_argument("--layouts", type=int, default=None, metavar="N", help="only the N most common; all by default")
     parser.add_argument("--rows", default=",".join(map(str, BUCKETS)), help="numbers of input rows")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes first")
     parser.add_argument("--part", default=None, help=argparse.SUPPRESS)
@@ -100,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.part is not None:
         first, step = map(int, given.part.split("/"))
         # One number of rows at a time, so that what takes long is spread over all processes.
-        jobs = ((task, m) for task in standard_tasks(device) for m in rows)
+        jobs = ((task, m) for task in standard_tasks(device, layouts=given.layouts) for m in rows)
         for task, m in itertools.islice(jobs, first, None, step):
             if time.monotonic() - start > given.seconds:
                 break
@@ -108,12 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if given.warm:
         own = [sys.executable, "-m", "qhub.kernels.standard", "--device", given.device, "--rows", given.rows]
-        own += ["--seconds", str(given.seconds)]
+        own += ["--seconds", str(given.seconds), *(["--layouts", str(given.layouts)] if given.layouts else [])]
         running = [subprocess.Popen([*own, "--part", f"{part}/{given.warm}"]) for part in range(given.warm)]
         for process in running:
             process.wait()
         start = time.monotonic()
-    for task in standard_tasks(device):
+    for task in standard_tasks(device, layouts=given.layouts):
         if time.monotonic() - start > given.seconds:
             print(f"stopped after {given.seconds:.0f} s", file=sys.stderr)
             break
