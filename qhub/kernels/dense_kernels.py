@@ -107,7 +107,7 @@ def reference_spec(problem: Problem, parts: Parts) -> KernelSpec:
         spec = decoders(problem.layout, parts, problem.dtype).spec
     cost = _TORCH
     if spec is not None:
-        own = spec.cost or _KERNEL
+        own = spec.cost_of(problem) or _KERNEL
         cost = Cost(own.bandwidth, _KERNEL.rate, through_dense=True, launch=own.launch + 3e-6)
     return _Reference(
         name=REFERENCE,

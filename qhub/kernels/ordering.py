@@ -51,7 +51,7 @@ class Clock:
 
     def __init__(self, problem: Problem, parts: Parts, card: Card, tables: Sequence[Table]) -> None:
         layout = problem.layout
-        self.card, self.tables = card, tables
+        self.problem, self.card, self.tables = problem, card, tables
         self.signature = signature(layout)
         dtype = str(problem.dtype).removeprefix("torch.")
         self.shape = Shape(layout.out_features, layout.in_features, dtype)
@@ -74,8 +74,9 @@ class Clock:
             entry_ = self._interpolated(spec, table, rows)
             if entry_ is not None:
                 return self._timing(spec, entry_, "interpolated", table, key)
-        if spec.cost is not None:
-            return Timing(spec.name, guess(spec.cost, self.work, rows, self.card), "guessed")
+        cost = spec.cost_of(self.problem)
+        if cost is not None:
+            return Timing(spec.name, guess(cost, self.work, rows, self.card), "guessed")
         return Timing(spec.name, None, "unknown")
 
     def measured(self, table: Table | None, spec: KernelSpec) -> bool:
@@ -90,8 +91,9 @@ class Clock:
         """Return the seconds that the kernel should take on a shape: by its cost, else by what no kernel gets below."""
         weight = self.work.weight * shape.n * shape.k // max(1, self.shape.n * self.shape.k)
         work = Work(shape.n, shape.k, weight, self.work.item)
-        if spec.cost is not None:
-            return guess(spec.cost, work, m, self.card)
+        cost = spec.cost_of(self.problem)
+        if cost is not None:
+            return guess(cost, work, m, self.card)
         return work.floor(m, self.card) + self._launch
 
     def _at(self, spec: KernelSpec, entries: dict[int, Entry], shape: Shape, m: int) -> Entry:

@@ -51,7 +51,8 @@ class KernelSpec:
     ``activations`` and ``max_m`` say nothing. Every value must lie within one rounding of
     :meth:`qhub.layouts.Layout.dequantize`'s.
     ``probes``: the M at which it is compared with the reference before it is used: one for each way it has to compute.
-    ``cost``: from which its time is guessed on a card where nobody measured it; None: no guess.
+    ``cost``: from which its time is guessed on a card where nobody measured it, or ``"module:function"`` that returns
+    it for a :class:`Problem`, where kinds of weights differ; None: no guess.
     ``packages``: whose versions a measurement depends on ("triton").
     ``tunables``: ``"module:function"`` called as ``(problem, parts, m)``, returning {name: config} that tuning measures
     for inputs of m rows besides the kernel's own choice; a config is a dict of plain JSON values. ``impl`` is called
@@ -81,7 +82,7 @@ class KernelSpec:
     version: int = 1
     role: Literal["linear", "dense"] = "linear"
     probes: tuple[int, ...] = (1, 3)
-    cost: Cost | None = None
+    cost: Cost | str | None = None
     packages: tuple[str, ...] = ()
     tunables: str | None = None
     bind: str | None = None
@@ -116,6 +117,10 @@ class KernelSpec:
             if value % multiple:
                 return f"needs {name} to be a multiple of {multiple}, this is {value}"
         return self.load(self.accepts)(problem) if self.accepts else None
+
+    def cost_of(self, problem: Problem) -> Cost | None:
+        """Return what the kernel's time for ``problem`` is guessed from; None: no guess."""
+        return self.load(self.cost)(problem) if isinstance(self.cost, str) else self.cost
 
     def function(self) -> LinearFunction:
         """Import and return the kernel's code."""

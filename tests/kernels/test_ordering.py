@@ -183,3 +183,13 @@ def test_nominal_rates_of_cards():
     assert card.bandwidth == pytest.approx(3.02e12, rel=0.05) and card.rates["half"] == pytest.approx(7.6e14, rel=0.1)
     bare = SimpleNamespace(multi_processor_count=10, major=99, minor=0)
     assert _gpu("unheard of", bare).bandwidth > 0
+
+
+def cost_of_size(problem: Problem) -> Cost:
+    """Be fast for weights of 48 rows alone."""
+    return FAST if problem.layout.out_features == 48 else SLOW
+
+
+def test_a_cost_may_depend_on_the_weight(offer):
+    offer(a={"rank": 1, "cost": f"{__name__}:cost_of_size"}, b={"rank": 1, "cost": Cost(bandwidth=0.5, rate=0.5)})
+    assert [dispatch.choose(*affine(n), torch.float32).name(64) for n in (48, 64)] == ["a", "b"]

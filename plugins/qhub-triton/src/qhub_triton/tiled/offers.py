@@ -13,7 +13,6 @@ __all__ = ["offers"]
 def offers() -> list[KernelSpec]:
     """Return the kernel for tiles of any width of codes."""
     from qhub.kernels import KernelSpec
-    from qhub.kernels.spec import Cost
 
     return [
         KernelSpec(
@@ -28,7 +27,7 @@ def offers() -> list[KernelSpec]:
             tunables="qhub_triton.tiled.linear:tunables",
             # A row each for the two kernels and the two block sizes.
             probes=(1, 3, 20, 70, 130),
-            cost=Cost(bandwidth=0.75, rate=0.7, unit="half", tile=16, launch=3e-6),
+            cost="qhub_triton.tiled.costs:cost",
             packages=("triton",),
             rank=30,
             version=3,

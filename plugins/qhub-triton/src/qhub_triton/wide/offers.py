@@ -13,7 +13,6 @@ __all__ = ["offers"]
 def offers() -> list[KernelSpec]:
     """Return the kernel for tiles of codes of 2, 4 and 8 bits, which for few rows are multiplied as in ``tiled/``."""
     from qhub.kernels import KernelSpec
-    from qhub.kernels.spec import Cost
 
     return [
         KernelSpec(
@@ -32,7 +31,7 @@ def offers() -> list[KernelSpec]:
             tunables="qhub_triton.wide.linear:tunables",
             # One tile and a bit; several for each processor.
             probes=(1, 20, 130, 700),
-            cost=Cost(bandwidth=0.75, rate=0.97, unit="half", tile=128, launch=4e-6),
+            cost="qhub_triton.tiled.costs:wide_cost",
             packages=("triton",),
             rank=25,
         )

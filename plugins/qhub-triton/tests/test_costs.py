@@ -1,0 +1,24 @@
+"""Guesses of the products' times know that some weights are more work to widen."""
+
+from __future__ import annotations
+
+import torch
+from qhub_triton.tiled.costs import cost, wide_cost
+
+from qhub.kernels import Problem
+from qhub.layouts import Affine, Float8, Grid, Layout, Lookup
+from qhub.layouts.tiled import Tiled
+
+
+def _problem(layout: Layout) -> Problem:
+    return Problem(Tiled(out_features=64, in_features=256, of=layout), "cuda", torch.bfloat16)
+
+
+def test_rates_fall_with_the_work_of_widening() -> None:
+    size = {"out_features": 64, "in_features": 256, "grid": Grid.along_k(64)}
+    kinds = [Affine(**size, bits=4), Affine(**size, bits=4, zero="value"), Float8(**size), Lookup(**size)]
+    for one in (cost, wide_cost):
+        rates = [one(_problem(layout)).rate for layout in kinds]
+        assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4
+        assert one(_problem(Affine(**size, bits=8))).rate == rates[1]
+    assert all(wide_cost(_problem(layout)).rate > cost(_problem(layout)).rate for layout in kinds)
