@@ -36,33 +36,44 @@ weights in tiles, and in bfloat16 codebooks, to 1.2 times that. tinygemm, Marlin
 1.32 in the same cells). Weights for many rows are scaled before the product, and so rounded once, because that is up
 to a third faster than scaling the product after it, whose error is cuBLAS's own.
 
-**M = 128 on wide weights, M >= 512.** Weights are cheap to read and inputs are not: a program of 128 x 128 reads 32
-KB of x and 8 KB of weights for 1,024 clocks of the matrix units, near what the second-level cache gives all
-processors, and its shared memory is busy for 85 % of the time. Programs of 256 rows of weights, which halve the
-first, are the fastest at M = 128 and N = 28672; past that the waits between widening and multiplying add up (0.74 to
-0.93 of cuBLAS). Tried and slower: one product under way at any time in Gluon (0.5 to 0.77 of cuBLAS), four slices a
-product (up to 12 % slower: registers), splitting K (10 to 20 % slower where tiles fill the card). Dequantizing and
-cuBLAS wins from 2048 rows on.
+**M >= 512.** Plain 4-bit integers reach cuBLAS (0.96 to 1.03 on a busy card) since one warp brings weights and inputs
+and two groups of four widen and multiply, each with a product under way while it widens (`wide/`). Other weights take
+more instructions for 128 columns: with zeros 215, 8 bits 212, float8 352, NF4 448, against 156; they reach 0.83, 0.81,
+0.69 and 0.57. What fits all of these: a group that widens does not overlap its own product, and has the time of the
+other group's, 128 clocks for 32 columns, to hide 40 instructions in. Tiles of 256 rows of x would double that time, but
+leave room for two stages only (0.9 of cuBLAS for 4-bit integers, so not built); the way there is y through the
+stages' own memory. The dispatcher's guess knows these shares since, and dequantizes NF4 and float8 for cuBLAS from
+about 2048 rows on (0.81 to 0.85 for 4-bit integers); the cells below are of the kernel.
 
-**M <= 16.** At 28672 x 8192 products read at 0.9 of the copy bandwidth, at 8192 x 8192 at 0.72, at 4096 x 4096 at
-0.4: about 4 us do not shrink with the weight (start, first words from memory, the sum of the parts of K).
+**M <= 16.** At 28672 x 8192 products read at 0.9 of the copy bandwidth, at 8192 x 8192 at 0.73, at 4096 x 4096 at
+0.4: about 4 us do not shrink with the weight (start, first words from memory, the sum of the parts of K). Tried: asking
+for all weights ahead (prefetch into the second-level cache before the kernel before has ended: as fast at 4096 x 4096,
+6 to 14 % slower above), deeper stages (3 to 8 % slower), letting the next kernel begin early (up to 11 % slower: its
+programs take the places and the bandwidth) or when the last block has been multiplied (up to 5 % faster; it is so now).
 
 **NF4 at M = 1.** Looking a code up in registers takes 27 instructions for eight weights, against 9 for integers'; at
-few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11).
+few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11). Smaller pieces
+a warp, the plan since, took 25.7 us at 8192 x 8192 and 27.1 at 14336 x 4096 when plans were compared; the tables have
+the times before.
 
-**E8P.** The product alone is 2.2 to 3.4 times as fast as cuBLAS; each rotation before and after it takes 2 to 7 us
-more.
+**AQLM, E8P.** AQLM is 2.8 to 3.1 times as fast as cuBLAS. E8P's product alone is 2.2 to 3.4 times as fast; each
+rotation before and after it takes 2 to 7 us more.
 
-**fp8 at 2048 rows, NF4 at few, 2 and 3 bits.** The dispatcher's guess took the kernel that rounds inputs with torch
-for large products, where the one that rounds in one launch is near the best peer; the guess is mended, the cells were
-not measured again. So is the plan of NF4 for few rows, whose cells are those of the slower one, and that of 2 and 3
-bits for more than 128 rows, which asked for more shared memory than there is: the whole kernel was refused at 14336 x
-4096, and what ran instead is in the table.
+**fp8 dynamic.** Ahead of the best peer but in three cells, 2 to 5 % behind: rounding the input is a launch of its own.
 
-**NF4 prefill and LoRA step.** The variant `qhub_nf4` multiplied in float32, which is the default of a bitsandbytes
-config, where `bnb_nf4` was given bfloat16: 611 ms against 80 are that difference. The benchmark asks for bfloat16
-since; not run again.
+**Host cost.** Measured at 14336 x 4096, where `F.linear` itself takes the 42 us of its kernel, in a run in which peers
+took 1.5 to 1.8 times as long as in another (bitsandbytes' int8 340 us, 186 before): 33 to 43 us a call for weights in
+tiles. Python's share of it, with launches left out, is 7 us for weights in tiles, 8 for AQLM and 22 for E8P on a
+desktop processor. Why AQLM takes 233 us there is not known; generate replays graphs and does not pay it.
 
-**Batch 32.** The fused parts were left out by a fixed bound that 32 layers of random weights exceed by rounding
-alone. The bound is measured on each model since; the row was not run again.
+**Prefill and LoRA step.** Weights are put into tiles by `generate` and `qhub.optimize`; the rows below are of models as
+they were quantized, whose weights are dequantized for cuBLAS: 69 ms against the 63 of bf16 are that. The benchmark
+puts them into tiles since; not run again. The LoRA step takes 88 to 115 ms more than bf16's, of which dequantizing for
+forward and backward is about 15; the rest was not profiled.
+
+**2 and 3 bits at 14336 x 4096.** The kernel was refused there when the table was made (its plan asked for more shared
+memory than there is; mended). The 3-bit model below ran with it; its cells were not measured again.
+
+**Not run.** AQLM, E8P and LLM.int8() through `generate`, an H200, grouped experts' times, the layouts but 4-bit integers
+at 4096 x 14336 and 28672 x 8192 below 512 rows: the card was not at hand for longer.
 """
