@@ -74,6 +74,6 @@ forward and backward is about 15; the rest was not profiled.
 **2 and 3 bits at 14336 x 4096.** The kernel was refused there when the table was made (its plan asked for more shared
 memory than there is; mended). The 3-bit model below ran with it; its cells were not measured again.
 
-**Not run.** AQLM, E8P and LLM.int8() through `generate`, an H200, grouped experts' times, the layouts but 4-bit integers
-at 4096 x 14336 and 28672 x 8192 below 512 rows: the card was not at hand for longer.
+**Not run.** AQLM, E8P and LLM.int8() through `generate`, an H200, grouped experts' times, layouts other than 4-bit
+integers at 4096 x 14336 and 28672 x 8192 below 512 rows: the card was not at hand for longer.
 """
