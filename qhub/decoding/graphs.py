@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhub.decoding.recipes import agree
 from qhub.decoding.steps import StaticStep
+from qhub.decoding.trials import agree
 
 __all__ = ["GraphStep", "StepError"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qhub.decoding.operations import NormRule, Operations
-from qhub.decoding.recipes import Call, State, agree, attention, gated_mlp, norm, tried
+from qhub.decoding.recipes import State, attention, gated_mlp, norm
+from qhub.decoding.trials import Call, agree, tried
 
 __all__ = ["Forms", "Layer", "in_form", "recognise"]
 

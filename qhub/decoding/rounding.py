@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qhub.decoding.recipes import difference, tolerance
+from qhub.decoding.trials import difference, tolerance
 
 __all__ = ["disagreement", "rounded_outputs"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qhub.decoding import layers as fusing
 from qhub.decoding.operations import offered
-from qhub.decoding.recipes import JoinedLayers, State, calls_of
+from qhub.decoding.recipes import JoinedLayers, State
 from qhub.decoding.rounding import disagreement
+from qhub.decoding.trials import calls_of
 
 __all__ = ["MOST_ENDS", "StaticStep"]
 

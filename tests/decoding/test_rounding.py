@@ -13,9 +13,9 @@ import qhub
 from qhub.decoding import prompts, rounding, steps
 from qhub.decoding.operations import REFERENCE
 from qhub.decoding.optimizing import _decoders
-from qhub.decoding.recipes import difference, tolerance
 from qhub.decoding.rounding import disagreement, rounded_outputs
 from qhub.decoding.steps import StaticStep
+from qhub.decoding.trials import difference, tolerance
 
 from .conftest import KINDS, counted, deep
 
