@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from qhub.kernels import Problem
+from qhub.layouts import Affine, Grid, Layout, Lookup, Nested
+from qhub.layouts.tiled import Tiled
 
 pytest.importorskip("qhub_triton.wide.kernel")
 triton = pytest.importorskip("triton")
@@ -88,6 +93,28 @@ def test_products_are_left_under_way(case: str, compiled: Path) -> None:
     waits = [line.split()[-1].rstrip(";") for line in code.read_text().splitlines() if "wgmma.wait_group" in line]
     # Each of two roles waits for all products once, at a tile's end, and leaves one under way after each in its loop.
     assert waits.count("0") == 2 and waits.count("1") == 2 * 16 // {**BASE, **CASES[case][3]}["BITS"]
+
+
+def test_what_it_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qhub_triton.wide.offers import offers
+
+    (spec,) = offers()
+    size = {"out_features": 64, "in_features": 256, "grid": Grid.along_k(64)}
+
+    def refusal(layout: Layout) -> str | None:
+        return spec.refusal(Problem(Tiled(out_features=64, in_features=256, of=layout), "cuda", torch.bfloat16))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refusal(Lookup(**size)) == "is for NVIDIA's compute capability 9"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, there in (((8, 0), False), ((9, 0), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert (refusal(Lookup(**size)) is None) == there
+        assert "takes [2, 4, 8] bits" in str(refusal(Affine(**size, bits=3)))
+    nested = Lookup(**size, scales_nested=Nested(group=16, table=True, offset=True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert "second level" in str(refusal(nested))
 
 
 if __name__ == "__main__":
