@@ -120,7 +120,9 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            grad_x = _Times.apply(grad, ctx.layout, parts, False)
+            # A function of autograd costs the host more than the rest of this; only a second derivative asks for one.
+            times = _Times.apply if torch.is_grad_enabled() else _times
+            grad_x = times(grad, ctx.layout, parts, False)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias, None
