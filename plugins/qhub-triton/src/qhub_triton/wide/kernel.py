@@ -5,8 +5,7 @@ bringer, and each other, at barriers of a ring of stages only. So one widens wei
 each leaves one product under way while it widens for the next: the matrix units, which wait for nobody then, are as
 busy as in a dense product. Programs stay for all their tiles.
 
-(Roles for warps, rings of stages: Bikshandi and Shah 2023, "A Case Study in CUDA Kernel Fusion: Implementing
-FlashAttention-2 on NVIDIA Hopper Architecture using the CUTLASS Library", section 3; weights in registers: Machete.)
+(Roles for warps: Shah et al. 2024, "FlashAttention-3", section 3.1; weights as the operand in registers: Machete.)
 """
 
 from __future__ import annotations
