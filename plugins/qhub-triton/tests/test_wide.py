@@ -112,6 +112,7 @@ def test_what_it_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
         assert (refusal(Lookup(**size)) is None) == there
         assert "takes [2, 4, 8] bits" in str(refusal(Affine(**size, bits=3)))
+    assert "codes of 4 bits" in str(refusal(Lookup(**size, bits=8)))
     nested = Lookup(**size, scales_nested=Nested(group=16, table=True, offset=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert "second level" in str(refusal(nested))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qhub.layouts import Lookup
 from qhub.layouts.tiled import Tiled
 from qhub_triton.tiled import admission
 
@@ -20,6 +21,8 @@ def accepts(problem: Problem) -> str | None:
     assert isinstance(problem.layout, Tiled)
     if any(problem.layout.scale_tensors().values()):
         return "reads plain scales and zeros, not those under a second level of scales"
+    if isinstance(problem.layout.of, Lookup) and problem.layout.bits != 4:
+        return f"looks up codes of 4 bits, not {problem.layout.bits}"
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return "is for NVIDIA's compute capability 9"
     try:
