@@ -17,7 +17,7 @@ from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, t
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
-from qhub_triton.tiled.plans import Few, Many, Plan, Wide, candidates, config_of, plan, plan_of, within
+from qhub_triton.tiled.plans import Few, Many, Plan, Wide, candidates, named, plan, plan_of, within
 from qhub_triton.wide.launching import TILE, WideLaunch
 
 __all__ = ["bind", "linear", "tunables"]
@@ -33,8 +33,7 @@ def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]
     """Return the plans worth measuring for ``m`` rows of input, by name."""
     layout = problem.layout
     assert isinstance(layout, Tiled)
-    found = [config_of(one) for one in candidates(size_of(layout, parts["qweight"].device), m)]
-    return {"-".join(str(value) for value in one.values()): one for one in found}
+    return named(candidates(size_of(layout, parts["qweight"].device), m))
 
 
 def linear(

@@ -9,7 +9,7 @@ from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, paired, run_of
 from qhub_triton.tiled.registers import in_registers
 
-__all__ = ["TINY", "as_subnormal", "block_product", "depth_of", "factors", "rounds", "subnormal", "unit_of"]
+__all__ = ["TINY", "as_subnormal", "block_product", "depth_of", "factors", "subnormal", "unit_of"]
 
 # Weights made of subnormal numbers are times 2^-TINY, so that a scale's part of them stays far from both ends.
 _TINY = 69
@@ -39,7 +39,7 @@ def as_subnormal(kind, bits, half, native, zero, zero_point):
 
 
 @triton.constexpr_function
-def rounds(nested, stored, half):
+def _rounds(nested, stored, half):
     """Return whether scales of the dtype ``stored`` are no numbers of the input's dtype: float16 if ``half``."""
     if nested is not None or stored == tl.float32:
         return True
@@ -259,7 +259,7 @@ def block_product(
         EARLY or WHOLE or (ZERO == 0 and ZERO_POINT % 1 == 0),
         "numbers less their zeros are rounded before their scales",
     )
-    ROUNDS: tl.constexpr = rounds(NESTED, STORED, DTYPE == tl.float16)
+    ROUNDS: tl.constexpr = _rounds(NESTED, STORED, DTYPE == tl.float16)
     p = tl.arange(0, DEPTH)
     if EARLY:
         for turn in tl.static_range(P * 32 // DEPTH):

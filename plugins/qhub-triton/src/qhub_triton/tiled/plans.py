@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Few", "Many", "Plan", "Size", "Wide", "candidates", "config_of", "plan", "plan_of", "within"]
+__all__ = ["Few", "Many", "Plan", "Size", "Wide", "candidates", "config_of", "named", "plan", "plan_of", "within"]
 
 # Bytes of shared memory that the stages of a program may take: an H100 has 227 KiB of it for one.
 _SHARED = 224 << 10
@@ -84,6 +85,12 @@ def plan_of(config: dict[str, Any]) -> Plan:
 def config_of(plan: Plan) -> dict[str, Any]:
     """Return ``plan`` as plain data."""
     return {"kernel": type(plan).__name__.lower(), **asdict(plan)}
+
+
+def named(plans: Iterable[Plan]) -> dict[str, dict[str, Any]]:
+    """Return ``plans`` as plain data, each under a name made of its values."""
+    found = [config_of(one) for one in plans]
+    return {"-".join(str(value) for value in one.values()): one for one in found}
 
 
 def plan(size: Size, m: int) -> Plan:

@@ -13,7 +13,7 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub_triton.tiled.arguments import size_of
 from qhub_triton.tiled.linear import Product
-from qhub_triton.tiled.plans import Wide, candidates, config_of, plan_of
+from qhub_triton.tiled.plans import Wide, candidates, named, plan_of
 from qhub_triton.wide.launching import stages_for
 
 __all__ = ["bind", "linear", "tunables"]
@@ -27,8 +27,7 @@ def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]
     layout = problem.layout
     assert isinstance(layout, Tiled)
     size = replace(size_of(layout, parts["qweight"].device), stages=stages_for(layout))
-    found = [config_of(one) for one in candidates(size, m) if isinstance(one, Wide)]
-    return {"-".join(str(value) for value in one.values()): one for one in found}
+    return named(one for one in candidates(size, m) if isinstance(one, Wide))
 
 
 def linear(
