@@ -2,7 +2,8 @@
 
 ``affine bits=4 grid=block(1,128) zero_point=8.0``: the kind, then every field that differs from its default, in the
 order of their names; nested descriptions in brackets. A field that holds the matrix's own N or K says so by name, so
-that matrices of all sizes under one scale per row have one signature.
+that matrices of all sizes under one scale per row have one signature. A field marked
+:data:`qhub.layouts.base.UNMEASURED` is left out: what it changes has no measurements of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 from typing import Any
 
 from qhub.layouts import Grid, Layout
+from qhub.layouts.base import UNMEASURED
 
 __all__ = ["signature"]
 
@@ -38,6 +40,8 @@ def _fields(value: Any, size: tuple[int, int]) -> list[str]:
     for field in sorted(dataclasses.fields(value), key=lambda field: field.name):
         one = getattr(value, field.name)
         if field.name in ("out_features", "in_features") and isinstance(value, Layout):
+            continue
+        if field.metadata.get(UNMEASURED, False):
             continue
         if field.default is not dataclasses.MISSING and one == field.default:
             continue

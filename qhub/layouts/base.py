@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from qhub.layouts.columns import Columns
     from qhub.layouts.nested import Nested
 
-__all__ = ["Activation", "GridPolicy", "Layout", "PartSpec", "Parts", "nbytes"]
+__all__ = ["UNMEASURED", "Activation", "GridPolicy", "Layout", "PartSpec", "Parts", "nbytes"]
 
 Parts = Mapping[str, Tensor]
 GridPolicy = Literal["keep", "refit", "best"]
+# In the metadata of a layout's field: measurements are not told apart by it.
+UNMEASURED = "unmeasured"
 
 # Relative error up to which a weight counts as the one that is stored: rotations alone cost some 2^-20 in float32.
 _ROUNDING = 2.0**-18

@@ -20,7 +20,7 @@ from torch import Tensor
 from qhub.errors import LayoutError
 from qhub.layouts import rows
 from qhub.layouts.affine import Affine
-from qhub.layouts.base import GridPolicy, Layout, Parts, PartSpec
+from qhub.layouts.base import UNMEASURED, GridPolicy, Layout, Parts, PartSpec
 from qhub.layouts.columns import Columns
 from qhub.layouts.float8 import Float8
 from qhub.layouts.lookup import Lookup
@@ -43,6 +43,8 @@ class Tiled(Layout):
 
     Parts: ``qweight`` (T, B, 64, 32) int16, T = ceil(N / 64), B = ceil(K / K'); ``scales`` and ``zeros`` (T, G, 64) in
     their own dtype, G groups of a row; what else ``of`` has, as it is. Transforms and activations are those of ``of``.
+    ``narrow``: ``of`` has float32 scales that are numbers of bfloat16, as the largest magnitudes of bfloat16 weights
+    are, and they are held as such; when a weight is fitted anew, its scales are rounded to that.
     The number of row 16 a + 8 h + g of a tile is at place 16 a + 2 g + h: of two rows that one lane holds in a matrix
     operand, the numbers are one read.
     """
@@ -51,6 +53,7 @@ class Tiled(Layout):
     arranged: ClassVar[bool] = True
 
     of: Layout
+    narrow: bool = dataclasses.field(default=False, metadata={UNMEASURED: True})
 
     @staticmethod
     def refusal(layout: Layout) -> str | None:
@@ -83,6 +86,7 @@ class Tiled(Layout):
             transforms=layout.transforms,
             activation=layout.activation,
             of=layout,
+            narrow=layout.scale_tensors()["scales"] is None and _is_short(parts["scales"]),
         )
         return tiled, tiled._arranged(parts)
 
@@ -134,7 +138,7 @@ class Tiled(Layout):
         specs = self.of.core_specs()
         groups = (self.tiles, self.groups, ROWS)
         for name, dtypes in self._tiled_names().items():
-            specs[name] = PartSpec(groups, dtypes)
+            specs[name] = PartSpec(groups, (torch.bfloat16,) if name == "scales" and self.narrow else dtypes)
         specs["qweight"] = PartSpec((self.tiles, self.blocks, ROWS, SLICE), (torch.int16,))
         return specs
 
@@ -159,6 +163,8 @@ class Tiled(Layout):
         arranged = {"qweight": words.transpose(-2, -3).contiguous()}
         for name in self._tiled_names():
             arranged[name] = self._arranged_groups(parts[name])
+        if self.narrow:
+            arranged["scales"] = arranged["scales"].bfloat16()
         return {**{name: part for name, part in parts.items() if name not in arranged}, **arranged}
 
     def _arranged_groups(self, values: Tensor) -> Tensor:
@@ -195,6 +201,8 @@ class Tiled(Layout):
             paired = tiled.reshape(*tiled.shape[:-2], ROWS // 16, 8, 2, tiled.shape[-1]).transpose(-2, -3)
             values = paired.reshape(*tiled.shape[:-3], self.tiles * ROWS, tiled.shape[-1])[..., : self.out_features, :]
             own[name] = (values[..., ::shared, :] if shared > 1 else values).contiguous()
+        if self.narrow:
+            own["scales"] = own["scales"].float()
         return self.of, {**{name: part for name, part in parts.items() if name not in own}, **own}
 
     def describe(self) -> dict[str, Any]:
@@ -220,10 +228,17 @@ class Tiled(Layout):
 
     def fit(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         plain = self.plain(parts)[1]
-        return self._arranged({**plain, **self.of.fit(weight, plain)})
+        return self._arranged(self._shortened(weight, {**plain, **self.of.fit(weight, plain)}))
 
     def encode(self, weight: Tensor, parts: Parts, grid: GridPolicy = "best") -> dict[str, Tensor]:
-        return self._arranged(self.of.encode(weight, self.plain(parts)[1], grid))
+        return self._arranged(self._shortened(weight, self.of.encode(weight, self.plain(parts)[1], grid)))
+
+    def _shortened(self, weight: Tensor, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``plain``, fitted to ``weight``, with scales that can be held: rounded, and codes chosen by them."""
+        if not self.narrow or _is_short(plain["scales"]):
+            return plain
+        plain = {**plain, "scales": plain["scales"].bfloat16().float()}
+        return {**plain, **self.of.nearest(weight, plain)}
 
     def columns(self, parts: Parts) -> Columns | None:
         return self.of.columns(self.plain(parts)[1])
@@ -281,3 +296,10 @@ class Tiled(Layout):
         total = self.with_rows(sum(layout.out_features for layout in layouts))
         assert isinstance(total, Tiled)
         return total._arranged(stacked)
+
+
+def _is_short(scales: Tensor) -> bool:
+    """Return whether ``scales`` are float32 of which bfloat16 holds every one."""
+    if scales.dtype != torch.float32 or scales.device.type == "meta":
+        return False
+    return torch.equal(scales, scales.bfloat16().float())

@@ -12,6 +12,7 @@ from qhub.kernels.hardware import Card
 from qhub.kernels.signature import signature
 from qhub.kernels.tables import Entry, Shape, Table, shipped_file, user_file
 from qhub.layouts import Activation, Affine, Float8, Grid, Lookup, Nested
+from qhub.layouts.tiled import Tiled
 from qhub.layouts.transforms import Transform
 
 CARD = Card("Some GPU 80GB", 3e12, {"half": 7e14, "byte": 1.4e15, "vector": 5e13}, measured=True)
@@ -94,6 +95,12 @@ def test_shipped_tables_can_be_read():
     for path in shipped_file("any").parent.glob("*.json"):
         read = Table.read(path)
         assert read.times and shipped_file(read.card.name) == path
+
+
+def test_one_signature_for_tiles_whose_scales_are_short_and_long():
+    layout = Lookup(out_features=64, in_features=64, grid=Grid.along_k(64))
+    short, long = (Tiled(out_features=64, in_features=64, of=layout, narrow=narrow) for narrow in (True, False))
+    assert short != long and signature(short) == signature(long)
 
 
 def test_signatures_tell_layouts_apart_and_sizes_not():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qhub.errors import LayoutError
 from qhub.kernels.arranging import arrange_tensor
 from qhub.layouts import Activation, Affine, Float8, Grid, Lookup
+from qhub.layouts.packing import pack
 from qhub.layouts.tiled import ROWS, SLICE, Tiled
 from qhub.tensor import QuantizedTensor
 
@@ -90,6 +91,45 @@ def test_experts_are_arranged_one_by_one():
     weight = QuantizedTensor.build(layout, three, torch.float32)
     assert arrange_tensor(weight, forced=True) and weight.shape == (3, 70, 128)
     assert torch.equal(weight[1].dequantize(), layout.dequantize(parts))
+
+
+def looked_up(n, k, short=True):
+    layout = Lookup(out_features=n, in_features=k, grid=Grid.along_k(64))
+    scales = torch.rand(layout.scale_shape) + 0.1
+    return layout, {
+        "qweight": pack(torch.randint(0, 16, (n, k)).to(torch.uint8), 4),
+        "scales": scales.bfloat16().float() if short else scales,
+        "table": torch.linspace(-1, 1, 16),
+    }
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_scales_take_half_the_memory_where_nothing_is_lost(short):
+    layout, parts = looked_up(130, 192, short)
+    tiled, own = Tiled.arrange(layout, parts)
+    tiled.validate(own)
+    assert own["scales"].dtype == (torch.bfloat16 if short else torch.float32)
+    back = tiled.plain(own)[1]
+    assert all(torch.equal(back[name], part) and back[name].dtype == part.dtype for name, part in parts.items())
+    assert torch.equal(tiled.dequantize(own), layout.dequantize(parts))
+    first, second = tiled.select_rows(own, 0, 64), tiled.select_rows(own, 64, 130)
+    joined, both = tiled.concat_rows([first[1], second[1]], [first[0], second[0]])
+    assert joined == tiled and torch.equal(both["scales"], own["scales"])
+
+
+def test_weights_with_and_without_short_scales_are_not_joined():
+    one, two = (Tiled.arrange(*looked_up(64, 128, short)) for short in (True, False))
+    assert one[0].concat_rows([one[1], two[1]], [one[0], two[0]]) is None
+
+
+def test_what_is_fitted_anew_has_codes_for_its_short_scales():
+    layout, parts = looked_up(70, 128)
+    tiled, own = Tiled.arrange(layout, parts)
+    wanted = torch.randn(70, 128)
+    plain = tiled.plain(tiled.encode(wanted, own, "refit"))[1]
+    fitted = layout.fit(wanted, parts)["scales"]
+    assert torch.equal(plain["scales"], fitted.bfloat16().float()) and not torch.equal(plain["scales"], fitted)
+    assert torch.equal(plain["qweight"], layout.nearest(wanted, plain)["qweight"])
 
 
 def test_blocks_of_rows_share_their_scales_again():
