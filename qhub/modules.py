@@ -31,10 +31,10 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # Straight from where nn.Module keeps them saves a microsecond; a parametrization moves them elsewhere.
         own = self._parameters
-        if "weight" in own and "bias" in own:
-            weight: Any = own["weight"]
-            bias = own["bias"]
-        else:
+        weight: Any
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
             weight, bias = self.weight, self.bias
         if not isinstance(weight, QuantizedTensor):
             return nn.functional.linear(input, weight, bias)

@@ -101,10 +101,11 @@ class QuantizedTensor(torch.Tensor):
         policy: AdapterPolicy,
         transposed: bool,
     ) -> None:
-        self.quant_layout = layout
         self.key = layout_key(layout)
+        # One object for all equal layouts: what is looked up by layout at every call then compares identities.
+        self.quant_layout, names = layout_of(self.key)
         # In the order of the layout's specs: a compiled operator gets them as a plain list.
-        self.parts = {name: parts[name] for name in layout_of(self.key)[1]}
+        self.parts = {name: parts[name] for name in names}
         self.compute_dtype = compute_dtype
         self.policy = policy
         self.transposed = transposed

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from qhub.errors import UnsupportedError
+from qhub.kernels.dense import decoding
 from qhub.kernels.spec import KernelSpec
 from qhub.layouts import Layout, Parts
 
 if TYPE_CHECKING:
+    from qhub.kernels.dense_kernels import DecodeFunction
     from qhub.kernels.dispatch import Choice
 
 __all__ = ["Bound", "Runner"]
@@ -34,6 +36,11 @@ class Runner:
         self._impl = spec.function()
         self._bind = spec.load(spec.bind) if spec.bind else None
         self._prepare = spec.load(spec.prepare) if spec.prepare else None
+
+    @property
+    def prepares(self) -> bool:
+        """Return whether the kernel makes a form of its own of a weight, which is kept with the weight."""
+        return self._prepare is not None
 
     def with_config(self, config: dict[str, Any] | None) -> Runner:
         """Return the same kernel with another config."""
@@ -95,17 +102,18 @@ class Bound:
     """Is a :class:`Choice` bound to one weight and an input dtype: ``bound(x, bias)`` for x (..., K)."""
 
     __slots__ = (
-        "_layout",
+        "_decodes",
         "_limits",
         "_memo",
-        "_parts",
         "_runners",
         "_runs",
         "device",
         "device_type",
         "epoch",
         "features",
+        "layout",
         "outputs",
+        "parts",
     )
 
     def __init__(self, choice: Choice, layout: Layout, parts: Parts, memo: dict[Any, Any], epoch: int) -> None:
@@ -113,7 +121,11 @@ class Bound:
         self.device = next(iter(parts.values())).device
         self.device_type = self.device.type
         self.features, self.outputs = layout.in_features, layout.out_features
-        self._layout, self._parts, self._memo = layout, parts, memo
+        self.layout, self.parts = layout, parts
+        # Kept only for kernels that read it: the weight keeps this object there, and a cycle of the two would hold the
+        # tensors of a weight that is gone until Python looks for cycles.
+        self._memo = memo if any(getattr(runner, "prepares", False) for _, _, runner in choice.steps) else {}
+        self._decodes: dict[torch.dtype, DecodeFunction] = {}
         self._limits = [limit for limit, _, _ in choice.steps]
         self._runners = [runner for _, _, runner in choice.steps]
         self._runs: list[BoundFunction | None] = [None] * len(choice.steps)
@@ -125,9 +137,9 @@ class Bound:
             raise ValueError(f"the input has {shape[-1]} features, the quantized weight takes {self.features}")
         if x.device != self.device or (bias is not None and bias.device != self.device):
             self._refuse_device(x, bias)
-        whole = len(shape) == 2
-        flat = x if whole else x.reshape(-1, self.features)
-        m = shape[0] if whole else flat.shape[0]
+        rank = len(shape)
+        flat = x if rank == 2 else x.reshape(-1, self.features)
+        m = flat.shape[0]
         if not m:
             return x.new_empty(*shape[:-1], self.outputs)
         if not flat.is_contiguous():
@@ -139,18 +151,28 @@ class Bound:
             i += 1
         run = self._runs[i]
         if run is None:
-            run = self._runs[i] = _bind(self._runners[i], self._layout, self._parts, x.dtype, self._memo)
+            run = self._runs[i] = _bind(self._runners[i], self.layout, self.parts, x.dtype, self._memo)
         y = run(flat, bias)
         if not y.is_contiguous():
             y = y.contiguous()
-        if whole:
+        if rank == 2:
             return y
         # No view: autograd lets nobody add in place to a view that a function of ours returned, and adapters do.
         try:
+            # Most inputs are batches of sequences; a slice of a shape is an object of its own.
+            if rank == 3:
+                return y.resize_(shape[0], shape[1], self.outputs)
             return y.resize_(*shape[:-1], self.outputs)
         except RuntimeError:
             # Forward-mode gradients and some subclasses cannot: the same, five times as slow.
             return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], self.outputs))
+
+    def decoding(self, dtype: torch.dtype) -> DecodeFunction:
+        """Return ``function(layout, parts, dtype)`` that gives the dense weight in ``dtype``; void with the epoch."""
+        found = self._decodes.get(dtype)
+        if found is None:
+            found = self._decodes[dtype] = decoding(self.layout, self.parts, dtype)
+        return found
 
     def _refuse_device(self, x: Tensor, bias: Tensor | None) -> None:
         name, found = ("input", x) if x.device != self.device else ("bias", bias)

@@ -3,6 +3,8 @@ stay small beside it."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,10 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.chunks import chunk_size
 from qhub.layouts.keys import layout_key
 
-__all__ = ["dense"]
+if TYPE_CHECKING:
+    from qhub.kernels.dense_kernels import DecodeFunction
+
+__all__ = ["decoding", "dense"]
 
 # Rows to decode at a time, by layout and device type; None where the layout cannot be cut into pieces that help.
 _steps: dict[tuple[str, str], int | None] = {}
@@ -23,10 +28,17 @@ def dense(layout: Layout, parts: Parts, dtype: torch.dtype) -> Tensor:
     ``parts``: of one (N, K) matrix. On its way a decoded weight takes a dozen bytes; here only those of a piece do. The
     same bits, unless a kernel is there for it (:mod:`qhub.kernels.dense_kernels`): its may lie one rounding away.
     """
+    return decoding(layout, parts, dtype)(layout, parts, dtype)
+
+
+def decoding(layout: Layout, parts: Parts, dtype: torch.dtype) -> DecodeFunction:
+    """Return what :func:`dense` calls for this layout and dtype, on the device of ``parts``, as ``function(layout,
+    parts, dtype)``: the same while :data:`qhub.kernels.dispatch.epoch` is."""
+    return decoder(layout, parts, dtype) or _in_pieces
+
+
+def _in_pieces(layout: Layout, parts: Parts, dtype: torch.dtype) -> Tensor:
     device = next(iter(parts.values())).device
-    decode = decoder(layout, parts, dtype)
-    if decode is not None:
-        return decode(layout, parts, dtype)
     rows, cols = layout.out_features, layout.in_features
     if rows * cols <= chunk_size(device) or device.type == "meta":
         return layout.dequantize(parts, dtype)

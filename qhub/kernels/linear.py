@@ -45,7 +45,7 @@ def linear_parts(
     if torch.compiler.is_compiling():
         y = torch.ops.qhub.linear(x, list(parts.values()), key or layout_key(layout), layout.out_features, bias)
     elif torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _Linear.apply(x, layout, parts, bias, memo)
+        y = _recorded(x, _bound(layout, parts, x.dtype, memo), bias)
     else:
         y = _forward(x, layout, parts, bias, memo)
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -53,19 +53,21 @@ def linear_parts(
 
 def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` for a 2-D :class:`qhub.QuantizedTensor` held as (out, in)."""
-    # The short way: this weight has multiplied such an input before, and nothing asks for a gradient or another dtype.
-    if not torch.compiler.is_compiling():
+    # The short way: this weight has multiplied such an input before, and nothing asks for another dtype.
+    if not torch.compiler.is_compiling() and x.__class__ is Tensor:
         dtype = x.dtype
         bound = weight.memo.get(dtype)
         if (
             bound is not None
             and bound.epoch == dispatch.epoch
             and (weight.compute_dtype is None or weight.compute_dtype == dtype)
-            and x.__class__ is Tensor
             and (bias is None or bias.dtype == dtype)
-            and not torch.is_autocast_enabled(bound.device_type)
-            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            and (
+                not torch.is_autocast_enabled(bound.device_type) or torch.get_autocast_dtype(bound.device_type) == dtype
+            )
         ):
+            if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                return _recorded(x, bound, bias)
             return bound(x, bias)
     return linear_parts(x, weight.quant_layout, weight.parts, bias, weight.compute_dtype, weight.memo, weight.key)
 
@@ -93,12 +95,14 @@ def _bound(layout: Layout, parts: Parts, dtype: torch.dtype, memo: dict[Any, Any
     return bound
 
 
-def _times(v: Tensor, layout: Layout, parts: Parts, transposed: bool) -> Tensor:
+def _times(v: Tensor, layout: Layout, parts: Parts, transposed: bool, bound: Bound | None = None) -> Tensor:
     """Return ``v @ W``, or ``v @ W.T`` if ``transposed``, with W dequantized once to v's dtype.
 
-    Rounding of activations has no useful derivative: gradients pass straight through it, as LLM.int8() training does.
+    ``bound``: what knows already how to dequantize it. Rounding of activations has no useful derivative: gradients pass
+    straight through it, as LLM.int8() training does.
     """
-    weight = dense(layout, parts, v.dtype)
+    decode = dense if bound is None or bound.epoch != dispatch.epoch else bound.decoding(v.dtype)
+    weight = decode(layout, parts, v.dtype)
     return torch.matmul(v, weight.t() if transposed else weight)
 
 
@@ -106,26 +110,40 @@ class _Linear(torch.autograd.Function):
     """Saves the parts by reference, and no float of the weight; nothing at all if only the bias wants a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layout: Layout, parts: Parts, bias: Tensor | None, memo: dict[Any, Any] | None
-    ) -> Tensor:
-        ctx.layout = layout
-        ctx.names = tuple(parts)
+    def forward(ctx: Any, x: Tensor, bound: Bound, bias: Tensor | None) -> Tensor:
+        ctx.bound = bound
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*parts.values())
-        return _forward(x, layout, parts, bias, memo)
+            ctx.save_for_backward(*bound.parts.values())
+        return bound(x, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        bound, needed = ctx.bound, ctx.needs_input_grad
+        if needed[0]:
+            # Not the tensors that were bound: torch refuses those written into since, and hooks may hold others.
+            parts = dict(zip(bound.parts, ctx.saved_tensors, strict=True))
             # A function of autograd costs the host more than the rest of this; only a second derivative asks for one.
-            times = _Times.apply if torch.is_grad_enabled() else _times
-            grad_x = times(grad, ctx.layout, parts, False)
-        if ctx.needs_input_grad[3]:
+            if torch.is_grad_enabled():
+                grad_x = _Times.apply(grad, bound.layout, parts, False)
+            else:
+                grad_x = _times(grad, bound.layout, parts, False, bound)
+        if needed[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, grad_bias
+
+
+# What Function.apply of torch calls in the end. Before that it looks for what this function has not, a context that is
+# set up apart and arguments by name: a third of its time.
+_apply = super(torch.autograd.Function, _Linear).apply
+_unwrap = torch._C._functorch.unwrap_if_dead
+
+
+def _recorded(x: Tensor, bound: Bound, bias: Tensor | None) -> Tensor:
+    """Return ``bound(x, bias)`` as a node of autograd's graph."""
+    if torch._C._are_functorch_transforms_active():
+        return _Linear.apply(x, bound, bias)
+    return _apply(_unwrap(x), bound, None if bias is None else _unwrap(bias))
 
 
 class _Times(torch.autograd.Function):

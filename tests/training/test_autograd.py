@@ -123,6 +123,20 @@ def test_only_the_codes_are_saved_and_by_reference(name: str, wants: str) -> Non
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_backward_runs_on_what_hooks_give_back(name: str) -> None:
+    """Where hooks keep copies (offloading, compression), the backward sees those, not the weight as it is by then."""
+    weight, x = weight_of(name), random(5, 128).requires_grad_()
+    expected = weight.dequantize().sum(0).expand(5, 128)
+    F.linear(x, weight)
+    with saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        y = F.linear(x, weight)
+    with torch.no_grad():
+        weight.copy_(weight.dequantize() / 2)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_backward_dequantizes_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QHUB_KERNEL", "reference")
     weight = weight_of(name)
