@@ -203,10 +203,11 @@ def admit(
                 reason = SECOND_COPY.format(name=spec.name)
             if reason is None:
                 runner = Runner(spec)
-                if problem.device != "meta":
-                    rows = [m for m in spec.probes if spec.max_m is None or m <= spec.max_m] or [1]
-                    run = runner.bind(problem.layout, parts, problem.dtype)
+                for config, rows in spec.probes_of(problem, parts) if problem.device != "meta" else ():
+                    run = runner.with_config(config).bind(problem.layout, parts, problem.dtype)
                     reason = disagreement(run, problem.layout, parts, problem.dtype, rows)
+                    if reason is not None:
+                        break
         except UnsupportedError as error:
             # What a kernel finds in the tensors, and not in the layout.
             reason = str(error)

@@ -50,7 +50,9 @@ class KernelSpec:
     ``function(layout, parts, dtype)`` and returns (N, K) in ``dtype``; ``dtypes`` are those it can return,
     ``activations`` and ``max_m`` say nothing. Every value must lie within one rounding of
     :meth:`qhub.layouts.Layout.dequantize`'s.
-    ``probes``: the M at which it is compared with the reference before it is used: one for each way it has to compute.
+    ``probes``: the M at which it is compared with the reference before it is used: one for each way it has to compute;
+    or ``"module:function"`` called as ``(problem, parts)``, returning such M, and (M, config) for what it may choose by
+    itself for more rows than one wants to compare.
     ``cost``: from which its time is guessed on a card where nobody measured it, or ``"module:function"`` that returns
     it for a :class:`Problem`, where kinds of weights differ; None: no guess.
     ``packages``: whose versions a measurement depends on ("triton").
@@ -81,7 +83,7 @@ class KernelSpec:
     rank: int = 1
     version: int = 1
     role: Literal["linear", "dense"] = "linear"
-    probes: tuple[int, ...] = (1, 3)
+    probes: tuple[int, ...] | str = (1, 3)
     cost: Cost | str | None = None
     packages: tuple[str, ...] = ()
     tunables: str | None = None
@@ -121,6 +123,15 @@ class KernelSpec:
     def cost_of(self, problem: Problem) -> Cost | None:
         """Return what the kernel's time for ``problem`` is guessed from; None: no guess."""
         return self.load(self.cost)(problem) if isinstance(self.cost, str) else self.cost
+
+    def probes_of(self, problem: Problem, parts: Parts) -> list[tuple[dict[str, Any] | None, list[int]]]:
+        """Return the configs with which the kernel is compared with the reference, None for its own choice, each with
+        the M for which it is; none of them above ``max_m``."""
+        given = self.load(self.probes)(problem, parts) if isinstance(self.probes, str) else self.probes
+        most = float("inf") if self.max_m is None else self.max_m
+        plain = [one for one in given if isinstance(one, int) and one <= most] or [1]
+        chosen = [(config, [m]) for m, config in (one for one in given if not isinstance(one, int)) if m <= most]
+        return [(None, plain), *chosen]
 
     def function(self) -> LinearFunction:
         """Import and return the kernel's code."""

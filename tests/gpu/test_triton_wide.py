@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qhub.kernels import Problem
 from qhub.layouts import Affine, Float8, Grid, Lookup
 from qhub.layouts.packing import pack
 from qhub.layouts.tiled import Tiled
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no GPU of Hopper's kind"
 )
 pytest.importorskip("qhub_triton.wide.kernel")
-from qhub_triton.wide.linear import bind, tunables  # noqa: E402
+from qhub_triton.wide.linear import bind, probes, tunables  # noqa: E402
 
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0]
@@ -23,6 +24,14 @@ def affine(bits=4, group=128, n=264, k=1152, **more):
     return Affine(
         out_features=n, in_features=k, bits=bits, grid=Grid.along_k(group), **{"zero_point": 2.0 ** (bits - 1), **more}
     )
+
+
+def lookup(group=64, n=264, k=1152):
+    return Lookup(out_features=n, in_features=k, grid=Grid.along_k(group))
+
+
+def float8(group=1152, n=264, k=1152):
+    return Float8(out_features=n, in_features=k, grid=Grid.along_k(group))
 
 
 def made(layout, seed=0, stored=torch.bfloat16):
@@ -48,10 +57,10 @@ def made(layout, seed=0, stored=torch.bfloat16):
     return parts
 
 
-def check(layout, m, split=1, dtype=torch.bfloat16, seed=0, biased=False, stored=torch.bfloat16):
+def check(layout, m, rows=128, split=1, dtype=torch.bfloat16, seed=0, biased=False, stored=torch.bfloat16):
     parts = made(layout, seed, stored)
     tiled, own = Tiled.arrange(layout, parts)
-    run = bind(tiled, own, dtype, {"kernel": "wide", "split": split, "stages": 9})
+    run = bind(tiled, own, dtype, {"kernel": "wide", "split": split, "stages": 9, "rows": rows})
     generator = torch.Generator(device="cuda").manual_seed(seed + 1)
     x = torch.randn(m, layout.in_features, generator=generator, device="cuda").to(dtype)
     bias = torch.randn(layout.out_features, generator=generator, device="cuda").to(dtype) if biased else None
@@ -71,43 +80,88 @@ def check(layout, m, split=1, dtype=torch.bfloat16, seed=0, biased=False, stored
         assert torch.equal(run(x, bias), found)
 
 
+BOTH = pytest.mark.parametrize("rows", [128, 256])
+# Scales of float32 are no numbers of bfloat16; a row of one scale has it multiplied by its sum.
+KINDS = {
+    "int4": affine,
+    "row of int4": lambda n=264, k=1152: affine(group=k, n=n, k=k),
+    "zeros": lambda n=264, k=1152: affine(zero="value", zero_point=0.0, n=n, k=k),
+    "int8": lambda n=264, k=1152: affine(8, n=n, k=k),
+    "row of int8": lambda n=264, k=1152: affine(8, group=k, n=n, k=k),
+    "table": lambda n=264, k=1152: lookup(n=n, k=k),
+    "table, 32": lambda n=264, k=1152: lookup(32, n=n, k=k),
+    "row of table": lambda n=264, k=1152: lookup(k, n=n, k=k),
+    "float8": lambda n=264, k=1152: float8(128, n=n, k=k),
+    "row of float8": lambda n=264, k=1152: float8(k, n=n, k=k),
+}
+
+
+@BOTH
 @pytest.mark.parametrize("split", [1, 2, 4])
-@pytest.mark.parametrize("m", [1, 128, 129, 700])
-def test_rows_and_parts(m, split):
-    check(affine(), m, split, biased=True)
+@pytest.mark.parametrize("m", [1, 128, 129, 257, 700])
+def test_rows_and_parts(m, split, rows):
+    check(affine(), m, rows, split, biased=True)
 
 
-@pytest.mark.parametrize(("n", "k"), [(8, 8), (8, 136), (72, 2048), (8256, 1152), (3000, 4096)])
-def test_odd_shapes_and_many_tiles(n, k):
-    check(affine(n=n, k=k, group=128 if k % 128 == 0 else k), 600)
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind, rows):
+    # Whole numbers for zeros come with odd seeds.
+    check(KINDS[kind](), 700, rows, seed=1, stored=torch.float32)
+    check(KINDS[kind](), 700, rows, split=2, seed=1, biased=True, stored=torch.float32)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n", "k"), [(513, 8256, 1152), (129, 2048, 128), (2048, 4096, 4096)])
+def test_single_blocks_and_many_tiles(m, n, k, kind, rows):
+    check(KINDS[kind](n=n, k=k), m, rows, seed=1)
+
+
+@BOTH
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (8, 136), (72, 2048), (3000, 4096)])
+def test_odd_shapes(n, k, rows):
+    check(affine(n=n, k=k, group=128 if k % 128 == 0 else k), 600, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_every_width_and_scale(bits, stored, dtype):
-    check(affine(bits), 200, dtype=dtype, stored=stored)
+@pytest.mark.parametrize(("bits", "rows"), [(2, 128), (4, 128), (8, 128), (4, 256), (8, 256)])
+def test_every_width_and_scale(bits, rows, stored, dtype):
+    check(affine(bits), 200, rows, dtype=dtype, stored=stored)
+    if bits == 8:
+        check(affine(bits, group=1152), 200, rows, dtype=dtype, stored=stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("zero", ["value", "offset"])
-@pytest.mark.parametrize("group", [32, 64, 96])
-def test_every_zero_and_group(group, zero, dtype):
+@pytest.mark.parametrize(("group", "rows"), [(32, 128), (64, 128), (96, 128), (96, 256), (1152, 256)])
+def test_every_zero_and_group(group, zero, dtype, rows):
     for seed in (0, 1):
-        check(affine(group=group, zero=zero, zero_point=0.0), 200, dtype=dtype, seed=seed)
-    check(affine(8, group=group, zero=zero, zero_point=0.0), 200, dtype=dtype, seed=1)
+        check(affine(group=group, zero=zero, zero_point=0.0), 200, rows, dtype=dtype, seed=seed)
+    check(affine(8, group=group, zero=zero, zero_point=0.0), 200, rows, dtype=dtype, seed=1)
 
 
+@BOTH
+@pytest.mark.parametrize("group", [128, 1152])
 @pytest.mark.parametrize("point", [0.0, 1.0, 7.5])
-def test_zero_points(point):
-    check(affine(zero_point=point), 200)
+def test_zero_points(point, group, rows):
+    check(affine(zero_point=point, group=group), 200, rows)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tables_and_float8(dtype):
-    check(Lookup(out_features=264, in_features=1152, grid=Grid.along_k(64)), 200, dtype=dtype)
-    check(Float8(out_features=264, in_features=1152, grid=Grid.along_k(1152)), 200, dtype=dtype)
-    check(Float8(out_features=256, in_features=1152, grid=Grid("block", 128, 128)), 200, dtype=dtype)
+def test_tables_and_float8(dtype, rows):
+    for group in (32, 64, 1152):
+        check(lookup(group), 200, rows, dtype=dtype)
+    for group in (128, 1152):
+        check(float8(group), 200, rows, dtype=dtype)
+    check(Float8(out_features=256, in_features=1152, grid=Grid("block", 128, 128)), 200, rows, dtype=dtype)
+
+
+def test_two_bits_have_no_tiles_of_256_rows():
+    # A plan measured elsewhere: tiles of 128 then.
+    check(affine(2), 300, 256)
 
 
 def test_in_a_graph_and_unaligned():
@@ -128,9 +182,15 @@ def test_in_a_graph_and_unaligned():
 
 
 def test_only_its_own_plans_are_tried():
-    from qhub.kernels import Problem
-
     tiled, own = Tiled.arrange(affine(n=4096, k=4096), made(affine(n=4096, k=4096)))
     problem = Problem(tiled, "cuda", torch.bfloat16)
     assert not tunables(problem, own, 1)
     assert {one["kernel"] for one in tunables(problem, own, 512).values()} == {"wide"}
+    assert {one["rows"] for one in tunables(problem, own, 512).values()} == {128, 256}
+
+
+def test_what_is_chosen_for_more_rows_is_compared():
+    tiled, own = Tiled.arrange(lookup(n=256), made(lookup(n=256)))
+    problem = Problem(tiled, "cuda", torch.bfloat16)
+    asked = [one for one in probes(problem, own) if not isinstance(one, int)]
+    assert 256 in {config.get("rows") for _, config in asked} and all(m <= 300 for m, _ in asked)

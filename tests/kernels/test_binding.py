@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from qhub.errors import KernelError, UnsupportedError
 from qhub.kernels import dispatch
+from qhub.kernels import reference as dense_kernel
 from qhub.modules import QuantLinear
+from qhub.registry import registry
 from qhub.tensor import QuantizedTensor
 
-from .conftest import affine
+from .conftest import NAME, affine
 
 
 def layer(n=48, k=64, dtype=torch.float32, bias=False, compute_dtype=None) -> QuantLinear:
@@ -47,6 +49,34 @@ def test_a_kernel_is_bound_once_for_each_step(offer):
     # Once each to be compared with the reference, then once each for this weight.
     assert calls.bound.count("few") == 2 and calls.bound.count("many") == 2
     assert admission.count("many") == 1
+
+
+def test_what_is_chosen_for_more_rows_is_compared_with_few(offer):
+    def probes(problem, parts):
+        assert problem.layout.in_features == 64 and "qweight" in parts
+        return [2, (5, {"wide": True}), 7, (300, {"far": True})]
+
+    calls = offer(a={"bind": True, "probes": probes, "max_m": 100})
+    with torch.no_grad():
+        layer()(torch.randn(1, 64))
+    # With its own choice first, then with each config; never with more rows than it takes.
+    assert calls.seen[:3] == [("a", 2, None), ("a", 7, None), ("a", 5, {"wide": True})]
+    assert not any(m == 300 for _, m, _ in calls.seen)
+
+
+@pytest.mark.filterwarnings("ignore:a kernel gave a wrong result")
+def test_a_config_that_is_wrong_keeps_the_kernel_out(offer):
+    def wrong(x, layout, parts, bias=None, config=None):
+        y = dense_kernel.linear(x, layout, parts, bias)
+        return y * 2 if config else y
+
+    for probes, there in (((1, 3), True), (lambda problem, parts: [1, (3, {"wide": True}), (4, {})], False)):
+        calls = offer(a={"impl": wrong, "probes": probes, "rank": 9})
+        choice = dispatch.choose(*affine(), torch.float32)
+        assert (choice.name(1) == "a") == there
+        assert there or choice.refused["a"].startswith("differs from the reference")
+        registry.unregister(NAME, group="qhub.kernels")
+        assert not calls.bound
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (5, 64), (2, 3, 64), (2, 1, 3, 64)])

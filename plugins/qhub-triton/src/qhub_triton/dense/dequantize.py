@@ -34,6 +34,12 @@ def dequantize(layout: Layout, parts: Parts, dtype: torch.dtype = torch.float32)
 
     Raises :class:`LayoutError` for what :func:`refusal` refuses.
     """
+    found = None if isinstance(layout, Stacked) else planned(layout)
+    # The short way of one matrix, in which no part is asked for what the plan knows.
+    if isinstance(found, Plan) and dtype in TYPES and parts["qweight"].ndim == found.rank:
+        out = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=parts["qweight"].device)
+        _write_planned(found, parts, out)
+        return out
     reason = refusal(layout, dtype)
     if reason is not None:
         raise LayoutError(f"the Triton dequantizer {reason}")
@@ -62,6 +68,10 @@ def _write(layout: Layout, parts: Parts, out: Tensor) -> None:
         return
     plan = planned(layout)
     assert not isinstance(plan, str)
+    _write_planned(plan, parts, out)
+
+
+def _write_planned(plan: Plan, parts: Parts, out: Tensor) -> None:
     if plan.permute is None:
         write(plan, parts, out)
         return

@@ -25,7 +25,7 @@ class Plan:
     """Is how one layout is dequantized. ``constants``: of the kernel, those left out that only the parts can tell.
 
     ``columns``, ``rows``: in its grid's view, in which scales are read (a strided grid has one of its own).
-    ``launches``: what :mod:`qhub_triton.dense.launching` remembers.
+    ``rank``: dimensions of the codes of one matrix. ``launches``: what :mod:`qhub_triton.dense.launching` remembers.
     ``column``, ``row``: the transform that multiplies columns or rows; ``permute``: the one that moves columns;
     ``scaled_first``: whether the columns are multiplied after they are moved, so their factors are moved back.
     """
@@ -38,6 +38,7 @@ class Plan:
     point: float
     unit: float
     formula_of_scales: bool
+    rank: int
     constants: dict[str, Any]
     column: Transform | None = None
     row: Transform | None = None
@@ -96,6 +97,7 @@ def _planned(layout: Layout) -> Plan | str:
         point=float(point),
         unit=float(unit),
         formula_of_scales=formula_of_scales,
+        rank=len(layout.core_specs()["qweight"].shape),
         constants=constants,
         whole=(shape["rows"], shape["columns"]) != (n, k),
         nested=nested,

@@ -33,14 +33,22 @@ def many_constants(layout: Tiled, parts: Parts) -> dict[str, bool]:
 def size_of(layout: Tiled, device: torch.device) -> Size:
     """Return what plans for a weight on ``device`` are made by."""
     light = getattr(layout.of, "zero", "constant") == "constant" and not any(layout.scale_tensors().values())
-    looked_up = "table" in layout.part_specs()
+    looked_up = layout.bits == 4 and "table" in layout.part_specs()
     return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors(device), light, looked_up)
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``table`` (16,) float32 in 16 bits of ``dtype``, as 8 int32: four low bytes each, then four high bytes."""
-    apart = table.to(dtype).view(torch.uint8).reshape(4, 4, 2)
-    return torch.cat([apart[..., 0], apart[..., 1]]).contiguous().view(torch.int32).reshape(8)
+    """Return ``table`` (16,) float32 in 16 bits of ``dtype``, as 264 int32.
+
+    The first 8: four low bytes each, then four high bytes (:mod:`qhub_triton.tiled.registers`). Then all pairs of
+    numbers, the first code of a pair its lower bits (:mod:`qhub_triton.tiled.banks`).
+    """
+    short = table.to(dtype)
+    apart = short.view(torch.uint8).reshape(4, 4, 2)
+    pairs = torch.stack([short.repeat(16), short.repeat_interleave(16)], dim=-1)
+    return torch.cat([apart[..., 0].reshape(-1), apart[..., 1].reshape(-1), pairs.view(torch.uint8).reshape(-1)]).view(
+        torch.int32
+    )
 
 
 def tensors_of(layout: Tiled, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qhub_triton.tiled.registers import entries
+from qhub_triton.tiled.banks import write_banks
+from qhub_triton.tiled.registers import in_registers
 from qhub_triton.tiled.turns import pieces, turn
 
 __all__ = ["few"]
@@ -45,7 +46,6 @@ def few(
     pointer = tile + (warp * 2048)[None, :, None] + (tl.arange(0, 8) * 32)[:, None, None] + p[None, None, :]
     row = n0 + tl.arange(0, HEIGHT)
     acc = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
-    held = entries(table, KIND, BITS, NATIVE)
     rows = ()
     valid = ()
     for eight in tl.static_range(BLOCK_M // 8):
@@ -56,11 +56,14 @@ def few(
     if TURNS == 0:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
+        if in_registers(KIND, BITS, NATIVE):
+            write_banks(table)
+        if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for base in range(0, BLOCKS, STEP):
             here = pieces(pointer, base, warp, BLOCKS, WARPS, TALL, AHEAD)
             acc = turn(
-                acc, here, rows, valid, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row,
+                acc, here, rows, valid, scales, zeros, table, (), supers, super_table, super_offset, zero_supers, row,
                 warp, base, K, GROUPS, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, NATIVE,
                 WARPS, TALL, AHEAD, BLOCK_M,
             )  # fmt: skip
@@ -69,13 +72,16 @@ def few(
         here = pieces(pointer, 0, warp, BLOCKS, WARPS, TALL, AHEAD)
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
+        if in_registers(KIND, BITS, NATIVE):
+            write_banks(table)
+        if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for number in tl.static_range(TURNS):
             there = here
             if number + 1 < TURNS:
                 there = pieces(pointer, (number + 1) * STEP, warp, BLOCKS, WARPS, TALL, AHEAD)
             acc = turn(
-                acc, here, rows, valid, scales, zeros, table, held, supers, super_table, super_offset, zero_supers, row,
+                acc, here, rows, valid, scales, zeros, table, (), supers, super_table, super_offset, zero_supers, row,
                 warp, number * STEP, K, GROUPS, BITS, KIND, GROUP, ZERO, ZERO_POINT, NESTED, ZERO_NESTED, NATIVE,
                 WARPS, TALL, AHEAD, BLOCK_M,
             )  # fmt: skip

@@ -51,16 +51,23 @@ def group_scales(scales, supers, table, offset, row, group, GROUPS, known, NESTE
 
 @triton.jit
 def paired(pointer, first, group, N, GROUPS, BLOCK_N: tl.constexpr):
-    """Return the 16-bit numbers (BLOCK_N,) of the rows from ``first``, a multiple of 16, on in ``group``, two a read.
+    """Return the numbers (BLOCK_N,), of 16 or 8 bits, of the rows from ``first``, a multiple of 16, on in ``group``.
 
-    The compiler brings reads of 32 bits through shared memory ahead of a loop's turn, and none smaller. Rows that lie
-    side by side are one lane's in a matrix operand. 0 past the last tile and the last group.
+    Two are had of a read: the compiler brings reads of 32 bits through shared memory ahead of a loop's turn, and none
+    smaller; two of 8 bits are read with the two beside them. Rows that lie side by side are one lane's in a matrix
+    operand. 0 past the last tile and the last group.
     """
-    word = first // 2 + tl.arange(0, BLOCK_N // 2)
-    known = (word // 32 < tl.cdiv(N, 64)) & (group < GROUPS)
-    place = (word // 32 * GROUPS + group) * 32 + word % 32
+    WIDTH: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+    pair = first // 2 + tl.arange(0, BLOCK_N // 2)
+    known = (pair // 32 < tl.cdiv(N, 64)) & (group < GROUPS)
+    place = ((pair // 32 * GROUPS + group) * 32 + pair % 32) // (16 // WIDTH)
     both = tl.load(pointer.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=known, other=0)
-    apart = tl.join(both.to(tl.int16), (both >> 16).to(tl.int16)).reshape(BLOCK_N // 16, 8, 2)
+    if WIDTH == 16:
+        apart = tl.join(both.to(tl.int16), (both >> 16).to(tl.int16))
+    else:
+        both = both >> (pair % 2 * 16)
+        apart = tl.join(both.to(tl.int8), (both >> 8).to(tl.int8))
+    apart = apart.reshape(BLOCK_N // 16, 8, 2)
     return apart.permute(0, 2, 1).reshape(BLOCK_N).to(pointer.dtype.element_ty, bitcast=True)
 
 

@@ -17,10 +17,11 @@ from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, t
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
-from qhub_triton.tiled.plans import Few, Many, Plan, Wide, candidates, named, plan, plan_of, within
-from qhub_triton.wide.launching import TILE, WideLaunch
+from qhub_triton.tiled.plans import Few, Many, Plan, Tile, Wide, candidates, named, plan, plan_of, probed, within
+from qhub_triton.wide.launching import WideLaunch
+from qhub_triton.wide.tiles import HEIGHT
 
-__all__ = ["bind", "linear", "tunables"]
+__all__ = ["bind", "linear", "probes", "tunables"]
 
 Run = Launch | WideLaunch
 _OVERLAPS = {False: 0, "": 0, True: 1, "early": 1, "late": 2}
@@ -34,6 +35,14 @@ def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]
     layout = problem.layout
     assert isinstance(layout, Tiled)
     return named(candidates(size_of(layout, parts["qweight"].device), m))
+
+
+def probes(problem: Problem, parts: Parts) -> list[int | tuple[int, dict[str, Any]]]:
+    """Return the rows of input at which each way of cutting the work that the rule may choose is compared."""
+    layout = problem.layout
+    assert isinstance(layout, Tiled)
+    # A row each for the two kernels and the two block sizes.
+    return probed(size_of(layout, parts["qweight"].device), (1, 3, 20, 70, 130))
 
 
 def linear(
@@ -52,9 +61,11 @@ def bind(
 
 
 class Product:
-    """Holds one weight's arguments, and a launch for each plan it has met. ``stages``: of :class:`Size`."""
+    """Holds one weight's arguments, and a launch for each plan it has met. ``wide``: of :class:`Size`."""
 
-    def __init__(self, layout: Tiled, parts: Parts, dtype: torch.dtype, chosen: Plan | None, stages: int = 0) -> None:
+    def __init__(
+        self, layout: Tiled, parts: Parts, dtype: torch.dtype, chosen: Plan | None, wide: tuple[Tile, ...] = ()
+    ) -> None:
         self.layout, self.parts, self.dtype, self.chosen = layout, parts, dtype, chosen
         self.n, self.k = layout.out_features, layout.in_features
         self.blocks, self.groups = layout.blocks, layout.groups
@@ -63,11 +74,12 @@ class Product:
         if self.device.type == "cuda":
             self.index = self.device.index or 0
             prepare(self.device)
-        self.size = replace(size_of(layout, self.device), stages=stages)
+        self.size = replace(size_of(layout, self.device), wide=wide)
         self.tensors = tensors_of(layout, parts, dtype)
         self.constants = constants_of(layout, parts)
         self.overlaps = self.index >= 0 and overlaps(self.device)
         self.launches: dict[tuple[int, bool, bool, bool], tuple[Plan, Run]] = {}
+        self.wides: dict[tuple[Wide, bool], WideLaunch] = {}
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         layout = self.layout
@@ -77,7 +89,7 @@ class Product:
         aligned = x.data_ptr() % 16 == 0 and (bias is None or bias.data_ptr() % 16 == 0)
         # What a graph replays is steady: no kernel in it writes the weights that the next one reads too early.
         overlap = self.overlaps and torch.cuda.is_current_stream_capturing()
-        key = (m if m <= 16 else 16 + (m - 1).bit_length(), bias is not None, aligned, overlap)
+        key = (m if m <= 16 else self._alike(m), bias is not None, aligned, overlap)
         found = self.launches.get(key)
         if found is None:
             found = self.launches[key] = self._launch(m, *key[1:])
@@ -86,13 +98,18 @@ class Product:
             y = transform_output(y, layout, self.parts).to(self.dtype)
         return y
 
+    def _alike(self, m: int) -> int:
+        """Return a number above 16 that ``m`` has in common with those whose launch it shares: all up to a power of
+        two, or up to a tile more, with which the rounds that programs for many rows need may change."""
+        return 64 + -(-m // 128) if m > 128 and self.size.wide else 16 + (m - 1).bit_length()
+
     def _run(self, chosen: Plan, run: Run, x: Tensor, bias: Tensor | None) -> Tensor:
         m = x.shape[0]
         y = torch.empty(m, self.n, dtype=x.dtype, device=x.device)
         tensors = self.tensors
         if isinstance(run, WideLaunch):
             assert isinstance(chosen, Wide)
-            run(x, bias, y, *self._shares(run.tiles(m), chosen.split, TILE * TILE))
+            run(x, bias, y, *self._shares(run.tiles(m), chosen.split, HEIGHT * chosen.rows))
         elif isinstance(chosen, Few):
             grid = (-(-self.n // (16 * chosen.tall)), -(-m // chosen.block_m), 1)
             run(
@@ -111,15 +128,15 @@ class Product:
         return y
 
     def _launch(self, m: int, biased: bool, aligned: bool, overlap: bool) -> tuple[Plan, Run]:
-        # Launches are kept for all m up to a power of two.
+        # Launches are kept for all m up to a power of two, at most.
         most = m if m <= 16 else 1 << (m - 1).bit_length()
         chosen = within(self.chosen or plan(self.size, m), self.size)
         if isinstance(chosen, Wide):
-            if -(-self.n // TILE) * -(-most // TILE) * 2 > SIZE:
+            if -(-self.n // HEIGHT) * -(-most // chosen.rows) * 2 > SIZE:
                 chosen = replace(chosen, split=1)
             if aligned:
                 return chosen, self._wide(chosen, biased)
-            chosen = plan(replace(self.size, stages=0), m)
+            chosen = plan(replace(self.size, wide=()), m)
         if isinstance(chosen, Many) and -(-self.n // chosen.block_n) * -(-most // chosen.block_m) > SIZE:
             chosen = replace(chosen, split=1)
         return chosen, self._compiled(chosen, biased, overlap)
@@ -138,15 +155,20 @@ class Product:
         constants |= many_constants(self.layout, self.parts)
         constants |= {
             "SPLIT": chosen.split, "STAGES": chosen.stages, "BLOCK_N": chosen.block_n, "BLOCK_M": chosen.block_m,
+            "BANKS": chosen.banks,
         }  # fmt: skip
         if chosen.registers and native(self.device):
             options["maxnreg"] = chosen.registers
         return Launch(many, constants, options)
 
     def _wide(self, chosen: Wide, biased: bool) -> WideLaunch:
-        whole = many_constants(self.layout, self.parts)["WHOLE"]
-        constants = {**self.constants, "WHOLE": whole, "HAS_BIAS": biased}
-        return WideLaunch(self.layout, self.tensors, constants, self.dtype, chosen)
+        found = self.wides.get((chosen, biased))
+        if found is None:
+            whole = many_constants(self.layout, self.parts)["WHOLE"]
+            constants = {**self.constants, "WHOLE": whole, "HAS_BIAS": biased}
+            found = WideLaunch(self.layout, self.tensors, constants, self.dtype, chosen)
+            self.wides[chosen, biased] = found
+        return found
 
     def _shares(self, tiles: int, split: int, size: int) -> tuple[Tensor, Tensor]:
         """Return memory for the parts of a sum, and the counters of the current stream."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qhub_triton.tiled.banks import write_banks
 from qhub_triton.tiled.groups import run_of
 from qhub_triton.tiled.operands import block_product, depth_of, factors, unit_of
 from qhub_triton.tiled.registers import entries, in_registers, looked_up
@@ -26,14 +27,15 @@ def many(
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ZERO_POINT: tl.constexpr,
     UNIT: tl.constexpr, NESTED: tl.constexpr, ZERO_NESTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     NATIVE: tl.constexpr, OVERLAP: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr, BANKS: tl.constexpr = False,
 ):  # fmt: skip
     """Compute y (M, N) = x (M, K) @ W.T; a program: BLOCK_N columns of y, BLOCK_M rows, SPAN of the blocks along K.
 
     ``shares``: SPLIT x (programs of one part) x BLOCK_N * BLOCK_M float32; ``counters``: as many int32, 0 before and
     after. WHOLE: zeros are whole numbers. EARLY: weights are scaled before the product, and rounded to x's dtype as a
     dequantized weight is; one accumulator then does for all groups. OVERLAP: 0, or when the kernel after this one may
-    begin: 1 at once, 2 when the last block has been multiplied.
+    begin: 1 at once, 2 when the last block has been multiplied. BANKS: codes of 4 bits are looked up in shared memory,
+    not in registers.
     """
     P: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = run_of(P, GROUP)
@@ -61,10 +63,14 @@ def many(
     deep = tl.arange(0, depth_of(EARLY, BITS))
     source = x + m.to(tl.int64)[None, :] * stride_xm + (first * P * 32 + deep)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    held = entries(table, KIND, BITS, NATIVE)
+    if OVERLAP == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    if BANKS and in_registers(KIND, BITS, NATIVE):
+        write_banks(table)
+        held = ()
+    else:
+        held = entries(table, KIND, BITS, NATIVE)
     if OVERLAP:
-        if OVERLAP == 1:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if AHEAD:
         now = factors(
@@ -74,7 +80,7 @@ def many(
     for block in tl.range(first, last, num_stages=STAGES):
         codes = tl.load(pointer)
         picked = ()
-        if in_registers(KIND, BITS, NATIVE):
+        if len(held) > 0:
             picked = looked_up(codes, held, DTYPE)
         if not AHEAD:
             # Read where they are used: only then are they brought into the order of the operand.

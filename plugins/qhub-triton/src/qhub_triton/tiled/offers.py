@@ -25,8 +25,7 @@ def offers() -> list[KernelSpec]:
             accepts="qhub_triton.tiled.admission:accepts",
             bind="qhub_triton.tiled.linear:bind",
             tunables="qhub_triton.tiled.linear:tunables",
-            # A row each for the two kernels and the two block sizes.
-            probes=(1, 3, 20, 70, 130),
+            probes="qhub_triton.tiled.linear:probes",
             cost="qhub_triton.tiled.costs:cost",
             packages=("triton",),
             rank=30,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qhub_triton.tiled.banks import in_banks
 from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, paired, run_of
 from qhub_triton.tiled.registers import in_registers
@@ -106,8 +107,12 @@ def factors(
             scale = tl.reshape(scale, row.shape)
         read = read + (scale,)
         if ZERO != 0:
-            zero = group_zeros(zeros, zero_supers, row, at, GROUPS, known, ZERO_NESTED)
-            read = read + (tl.reshape(zero, row.shape),)
+            if PAIRED and ZERO_NESTED is None and zeros.dtype.element_ty.primitive_bitwidth < 32:
+                zero = paired(zeros, first, (block * P + run * RUN) * 32 // GROUP, N, GROUPS, row.shape[0])
+                zero = zero.to(tl.float32)
+            else:
+                zero = tl.reshape(group_zeros(zeros, zero_supers, row, at, GROUPS, known, ZERO_NESTED), row.shape)
+            read = read + (zero,)
     return read
 
 
@@ -118,8 +123,8 @@ def _operand(
 ):  # fmt: skip
     """Return the numbers at PLACE of ``codes`` (BLOCK_N, 32) less their zeros, in DTYPE; scales are not in them.
 
-    ``picked``: of :func:`qhub_triton.tiled.registers.looked_up` where codes are looked up in registers. ``zero``:
-    (BLOCK_N,), a whole number, if ZERO is not 0.
+    ``picked``: of :func:`qhub_triton.tiled.registers.looked_up` where codes are looked up in registers, nothing where
+    they are in shared memory. ``zero``: (BLOCK_N,), a whole number, if ZERO is not 0.
     """
     WIDE: tl.constexpr = BITS == 8 and KIND == INTEGER and DTYPE == tl.bfloat16
     OFFSET: tl.constexpr = offset_of(KIND, BITS, DTYPE == tl.float16, NATIVE)
@@ -129,8 +134,10 @@ def _operand(
         return _less(high * 16.0 + low, zero, ZERO != 0, 0, ZERO_POINT)
     elif KIND == INTEGER:
         return _less(numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE), zero, ZERO != 0, OFFSET, ZERO_POINT)
-    elif in_registers(KIND, BITS, NATIVE):
+    elif len(picked) > 0:
         return picked[PLACE]
+    elif in_registers(KIND, BITS, NATIVE):
+        return in_banks(codes, PLACE, DTYPE)
     else:
         return numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE)
 

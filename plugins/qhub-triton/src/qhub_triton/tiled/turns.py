@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qhub_triton.tiled.banks import in_banks
 from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
 from qhub_triton.tiled.registers import in_registers, looked_up
@@ -96,7 +97,8 @@ def turn(
 ):  # fmt: skip
     """Return ``acc`` (WARPS, 16 * TALL, BLOCK_M) plus the products of the blocks ``read`` by :func:`pieces`.
 
-    ``rows``, ``valid``: see :func:`inputs`. ``held``: a table's bytes, of :func:`qhub_triton.tiled.registers.entries`.
+    ``rows``, ``valid``: see :func:`inputs`. ``held``: a table's bytes, of :func:`qhub_triton.tiled.registers.entries`;
+    nothing where a table has been written to shared memory (:func:`qhub_triton.tiled.banks.write_banks`).
     """
     P: tl.constexpr = 16 // BITS
     DTYPE: tl.constexpr = rows[0].dtype.element_ty
@@ -108,7 +110,7 @@ def turn(
     for i in tl.static_range(AHEAD):
         block = base + i * WARPS + warp
         codes = fragments(words(read, i, WARPS, TALL), HEIGHT, WARPS)
-        if in_registers(KIND, BITS, NATIVE):
+        if len(held) > 0:
             picked = looked_up(codes, held, DTYPE)
         for run in tl.static_range(P // RUN):
             d = tl.zeros((WARPS, HEIGHT, BLOCK_M), tl.float32)
@@ -121,8 +123,10 @@ def turn(
                 if WIDE:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 0), xv, d)
                     e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
-                elif in_registers(KIND, BITS, NATIVE):
+                elif len(held) > 0:
                     d = tl.dot(picked[place], xv, d)
+                elif in_registers(KIND, BITS, NATIVE):
+                    d = tl.dot(in_banks(codes, place, DTYPE), xv, d)
                 else:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)
                 if KIND == INTEGER:

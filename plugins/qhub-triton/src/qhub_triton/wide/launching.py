@@ -9,21 +9,12 @@ from torch import Tensor
 
 from qhub.layouts.tiled import Tiled
 from qhub_triton.launch import Launch, processors
+from qhub_triton.wide.tiles import HEIGHT, scaled_late, span_of
 
 if TYPE_CHECKING:
     from qhub_triton.tiled.plans import Wide as WidePlan
 
-__all__ = ["TILE", "WideLaunch", "stages_for"]
-
-# Rows of W, and of x, of a tile.
-TILE = 128
-# A processor of an H100 has 227 KiB of shared memory for a program; a tile of y, and barriers, take some of it.
-_SHARED = (227 << 10) - TILE * TILE * 2 - 1024
-
-
-def stages_for(layout: Tiled) -> int:
-    """Return how many blocks of columns fit in shared memory at once."""
-    return _SHARED // (TILE * layout.per_word * 64 + TILE * 64)
+__all__ = ["WideLaunch"]
 
 
 class WideLaunch:
@@ -39,38 +30,57 @@ class WideLaunch:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        from qhub_triton.tiled.operands import unit_of
-        from qhub_triton.wide.kernel import WARPS, wide
+        from qhub_triton.tiled.operands import TINY, unit_of
+        from qhub_triton.wide.instructions import folds
+        from qhub_triton.wide.kernel import REGISTERS, WARPS, wide
 
         words, scales = tensors[:2]
-        self.layout, self.rest, self.split = layout, tensors[1:4], plan.split
+        self.layout, self.rest, self.split, self.rows = layout, tensors[1:4], plan.split, plan.rows
         self.index, self.processors = words.device.index or 0, processors(words.device)
-        self.described = TensorDescriptor
-        self.swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         held = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         self.words = TensorDescriptor(words, [words.numel() // 32, 32], [32, 1], [64, 32], held)
-        self.block = [TILE, layout.per_word * 32]
+        span = span_of(plan.rows, layout.per_word)
+        # Of some x and y, to be checked once, and copied for each.
+        n, k = layout.out_features, layout.in_features
+        some = torch.empty(0, dtype=dtype, device=words.device)
+        self.x = TensorDescriptor(some, [1, k], [k, 1], [plan.rows, span], swizzled)
+        self.y = TensorDescriptor(some, [1, n], [n, 1], [plan.rows, HEIGHT // 2], swizzled)
         own = {name: constants[name] for name in ("BITS", "KIND", "GROUP", "ZERO", "ZERO_POINT", "WHOLE", "HAS_BIAS")}
-        half, names = dtype == torch.float16, ("UNIT", "KIND", "BITS")
+        half, names, late = dtype == torch.float16, ("UNIT", "KIND", "BITS"), scaled_late(layout)
         own["UNIT"] = unit_of(*(constants[n] for n in names), half, True, own["ZERO"], own["ZERO_POINT"], True)
+        if not late and folds(own["KIND"], own["BITS"], half, own["ZERO"], own["WHOLE"]):
+            own["UNIT"] *= 2.0**TINY.value
         own["ROUNDS"] = scales.dtype == torch.float32 or (scales.dtype == torch.float16 and not half)
-        own |= {"STAGES": plan.stages, "SPLIT": plan.split, "TILE": TILE}
-        self.launch = Launch(wide, own, {"num_warps": WARPS}, plain=frozenset({int, TensorDescriptor}))
+        own |= {
+            "LATE": late, "STAGES": plan.stages, "SPLIT": plan.split, "TILE_N": HEIGHT, "TILE_M": plan.rows,
+            "SPAN": span,
+        }  # fmt: skip
+        options = {"num_warps": WARPS, **({"maxnreg": REGISTERS} if plan.rows == 256 else {})}
+        self.launch = Launch(wide, own, options, plain=frozenset({int, TensorDescriptor}))
 
     def tiles(self, m: int) -> int:
         """Return how many tiles the output of ``m`` rows has."""
-        return -(-self.layout.out_features // TILE) * -(-m // TILE)
+        return -(-self.layout.out_features // HEIGHT) * -(-m // self.rows)
 
     def __call__(self, x: Tensor, bias: Tensor | None, y: Tensor, shares: Tensor, counters: Tensor) -> None:
         """Write ``x @ W.T + bias`` to ``y`` (M, N), for x (M, K) contiguous at a multiple of 16 bytes.
 
-        ``shares``: split * TILE * TILE float32 for each tile; ``counters``: two int32 each, zero; for a split above 1.
+        ``shares``: split * rows * HEIGHT float32 for each tile; ``counters``: two int32 each, zero; for splits above 1.
         """
-        m, k, n = x.shape[0], self.layout.in_features, self.layout.out_features
-        xd = self.described(x, [m, k], [k, 1], self.block, self.swizzled)
-        yd = self.described(y, [m, n], [n, 1], [TILE, TILE // 2], self.swizzled)
+        m, n = x.shape[0], self.layout.out_features
+        xd, yd = _of(self.x, x, [m, self.layout.in_features]), _of(self.y, y, [m, n])
         self.launch(
             (min(self.processors, self.tiles(m) * self.split), 1, 1), self.index, xd, self.words, *self.rest,
-            self.rest[0] if bias is None else bias, yd, shares, counters, -(-n // TILE), -(-m // TILE), n,
+            self.rest[0] if bias is None else bias, yd, shares, counters, -(-n // HEIGHT), -(-m // self.rows), n,
             self.layout.blocks, self.layout.groups,
         )  # fmt: skip
+
+
+def _of(described: Any, tensor: Tensor, shape: list[int]) -> Any:
+    """Return the descriptor of another tensor, aligned as that of ``described`` is: making one anew checks all of it,
+    which takes a few microseconds."""
+    other = object.__new__(type(described))
+    other.__dict__.update(described.__dict__)
+    other.base, other.shape = tensor, shape
+    return other

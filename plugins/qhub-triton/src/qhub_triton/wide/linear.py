@@ -13,10 +13,10 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub_triton.tiled.arguments import size_of
 from qhub_triton.tiled.linear import Product
-from qhub_triton.tiled.plans import Wide, candidates, named, plan_of
-from qhub_triton.wide.launching import stages_for
+from qhub_triton.tiled.plans import Size, Wide, candidates, named, plan_of, probed
+from qhub_triton.wide.tiles import tiles_of
 
-__all__ = ["bind", "linear", "tunables"]
+__all__ = ["bind", "linear", "probes", "tunables"]
 
 if TYPE_CHECKING:
     from qhub.kernels import Problem
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
 def tunables(problem: Problem, parts: Parts, m: int) -> dict[str, dict[str, Any]]:
     """Return the plans worth measuring for ``m`` rows of input, by name; those of ``tiled/`` are that kernel's."""
+    return named(one for one in candidates(_size(problem, parts), m) if isinstance(one, Wide))
+
+
+def probes(problem: Problem, parts: Parts) -> list[int | tuple[int, dict[str, Any]]]:
+    """Return the rows of input at which each way of cutting the work that the rule may choose is compared."""
+    # One tile and a bit; several for each processor.
+    return probed(_size(problem, parts), (1, 20, 130, 700))
+
+
+def _size(problem: Problem, parts: Parts) -> Size:
     layout = problem.layout
     assert isinstance(layout, Tiled)
-    size = replace(size_of(layout, parts["qweight"].device), stages=stages_for(layout))
-    return named(one for one in candidates(size, m) if isinstance(one, Wide))
+    return replace(size_of(layout, parts["qweight"].device), wide=tiles_of(layout))
 
 
 def linear(
@@ -42,4 +51,4 @@ def bind(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return what computes ``x @ W.T + bias`` for x (M, K) contiguous of ``dtype``, bias (N,) of ``dtype`` or None."""
     assert isinstance(layout, Tiled)
-    return Product(layout, parts, dtype, None if config is None else plan_of(config), stages_for(layout))
+    return Product(layout, parts, dtype, None if config is None else plan_of(config), tiles_of(layout))

@@ -29,8 +29,7 @@ def offers() -> list[KernelSpec]:
             accepts="qhub_triton.wide.admission:accepts",
             bind="qhub_triton.wide.linear:bind",
             tunables="qhub_triton.wide.linear:tunables",
-            # One tile and a bit; several for each processor.
-            probes=(1, 20, 130, 700),
+            probes="qhub_triton.wide.linear:probes",
             cost="qhub_triton.tiled.costs:wide_cost",
             packages=("triton",),
             rank=25,

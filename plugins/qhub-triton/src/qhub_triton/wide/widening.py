@@ -1,6 +1,7 @@
 """Words of a tile to weights in the matrix units' left operand, in Gluon: what ``tiled/operands.py`` is in Triton.
 
-The instructions are those of ``tiled/``; a weight is rounded once here too.
+The instructions are those of ``tiled/``, and shorter ones where those would keep the matrix units waiting; a weight is
+rounded once here too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from triton.experimental.gluon import language as gl
 
 from qhub_triton.tiled.decode import INTEGER, TABLE, field, float8, offset_of
 from qhub_triton.tiled.operands import TINY, as_subnormal, subnormal
-from qhub_triton.tiled.registers import lookup, lookup_kinds
+from qhub_triton.wide.instructions import float8_scaled, folds, less_zero, lookup_kinds, lookup_pair
 
-__all__ = ["entries", "looked_up", "weights"]
+__all__ = ["entries", "looked_up", "scaled_pair", "weights"]
 
 
 @gluon.jit
@@ -26,20 +27,35 @@ def entries(table, KIND: gl.constexpr, ROWS: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def looked_up(words, held, KIND: gl.constexpr, DTYPE: gl.constexpr):
-    """Return the numbers at places 0 to 3 of ``words`` where ``held`` is a table, see :func:`entries`; else nothing."""
-    picked = ()
-    if KIND == TABLE:
-        args = [words, held[0], held[1], held[2], held[3], held[4], held[5], held[6], held[7]]
-        if DTYPE == gl.float16:
-            picked = gl.inline_asm_elementwise(
-                lookup(), lookup_kinds(), args, (gl.float16, gl.float16, gl.float16, gl.float16), True, 2
-            )
-        else:
-            picked = gl.inline_asm_elementwise(
-                lookup(), lookup_kinds(), args, (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), True, 2
-            )
-    return picked
+def looked_up(words, held, DTYPE: gl.constexpr, PLACE: gl.constexpr):
+    """Return the numbers at PLACE, an even one, and the next of ``words``; ``held``: of :func:`entries`."""
+    args = [words, held[0], held[1], held[2], held[3], held[4], held[5], held[6], held[7]]
+    # The dtypes are written out: the compiler takes no constants of the caller's here.
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            lookup_pair(PLACE, 0), lookup_kinds(0), args, (gl.float16, gl.float16), True, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            lookup_pair(PLACE, 0), lookup_kinds(0), args, (gl.bfloat16, gl.bfloat16), True, 2
+        )
+
+
+@gluon.jit
+def scaled_pair(words, held, scale, PLACE: gl.constexpr, ROUNDS: gl.constexpr):
+    """Return the numbers of :func:`looked_up` times ``scale`` (ROWS,) float32, which they share, in bfloat16; ROUNDS:
+    of :func:`weights`."""
+    own = scale.to(gl.bfloat16)
+    args = [words, held[0], held[1], held[2], held[3], held[4], held[5], held[6], held[7], gl.expand_dims(own, 1)]
+    if ROUNDS:
+        args = args + [_column(scale - own.to(gl.float32), gl.bfloat16)]
+        return gl.inline_asm_elementwise(
+            lookup_pair(PLACE, 2), lookup_kinds(2), args, (gl.bfloat16, gl.bfloat16), True, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            lookup_pair(PLACE, 1), lookup_kinds(1), args, (gl.bfloat16, gl.bfloat16), True, 2
+        )
 
 
 @gluon.jit
@@ -76,7 +92,7 @@ def _number(
     HALF: gl.constexpr = DTYPE == gl.float16
     OFFSET: gl.constexpr = offset_of(KIND, BITS, HALF, True)
     if KIND == TABLE:
-        return picked[PLACE]
+        return picked[PLACE % 2]
     elif KIND == INTEGER and BITS == 8 and not HALF:
         low = _pairs(words, field(BITS, PLACE, HALF, 0), DTYPE) - OFFSET
         high = _pairs(words, field(BITS, PLACE, HALF, 1), DTYPE) - OFFSET
@@ -121,17 +137,70 @@ def _whole(zero, BITS: gl.constexpr):
 
 
 @gluon.jit
+def _unscaled(
+    words, picked, scale, PLACE: gl.constexpr, BITS: gl.constexpr, KIND: gl.constexpr, DTYPE: gl.constexpr,
+    ZERO_POINT: gl.constexpr,
+):  # fmt: skip
+    """Return the numbers at PLACE of ``words`` less ZERO_POINT, a whole number, or what is such times 2^-TINY."""
+    if as_subnormal(KIND, BITS, DTYPE == gl.float16, True, 0, ZERO_POINT):
+        # As with a scale of 1: what is added is exact.
+        ONE: gl.constexpr = 2.0 ** (133 - TINY - BITS * PLACE % 8)
+        one = gl.full_like(scale, ONE)
+        off = gl.full_like(scale, -ZERO_POINT * 2.0**-TINY)
+        code: gl.constexpr = subnormal(BITS, PLACE, ZERO_POINT, True)
+        args = [words, _column(one, DTYPE), _column(off, DTYPE)]
+        return gl.inline_asm_elementwise(code, "=r,r,r,r", args, gl.bfloat16, True, 2)
+    else:
+        return _number(words, picked, scale, PLACE, BITS, KIND, DTYPE, False, ZERO_POINT // 1)
+
+
+@gluon.jit
+def _folded(words, scale, zero, PLACE: gl.constexpr, BITS: gl.constexpr, KIND: gl.constexpr, ROUNDS: gl.constexpr):
+    """Return the weights at PLACE of ``words`` in bfloat16 times 2^-TINY, where the kind
+    :func:`qhub_triton.wide.instructions.folds`."""
+    own = scale.to(gl.bfloat16).to(gl.float32)
+    if KIND == INTEGER:
+        UP: gl.constexpr = 2.0 ** (133 - TINY - BITS * PLACE % 8)
+        # In float32 that is a subnormal number too, and in bfloat16 exact up to 255.
+        minus = _column(zero * (-(2.0 ** (BITS * PLACE % 8 - 133))), gl.bfloat16)
+        args = [words, minus, _column(own * UP, gl.bfloat16)]
+        if ROUNDS:
+            args = args + [_column((scale - own) * UP, gl.bfloat16)]
+            return gl.inline_asm_elementwise(less_zero(BITS, PLACE, True), "=r,r,r,r,r", args, gl.bfloat16, True, 2)
+        else:
+            return gl.inline_asm_elementwise(less_zero(BITS, PLACE, False), "=r,r,r,r", args, gl.bfloat16, True, 2)
+    else:
+        EXPONENT: gl.constexpr = 4 if KIND == 2 else 5
+        RAISE: gl.constexpr = 2.0 ** (128 - 2 ** (EXPONENT - 1) - TINY)
+        args = [words, _column(own * RAISE, gl.bfloat16)]
+        if ROUNDS:
+            args = args + [_column((scale - own) * RAISE, gl.bfloat16)]
+            return gl.inline_asm_elementwise(
+                float8_scaled(PLACE, EXPONENT, True), "=r,r,r,r", args, gl.bfloat16, True, 2
+            )
+        else:
+            return gl.inline_asm_elementwise(
+                float8_scaled(PLACE, EXPONENT, False), "=r,r,r", args, gl.bfloat16, True, 2
+            )
+
+
+@gluon.jit
 def weights(
     words, picked, scale, zero, PLACE: gl.constexpr, BITS: gl.constexpr, KIND: gl.constexpr, DTYPE: gl.constexpr,
-    ZERO: gl.constexpr, ZERO_POINT: gl.constexpr, WHOLE: gl.constexpr, ROUNDS: gl.constexpr,
+    ZERO: gl.constexpr, ZERO_POINT: gl.constexpr, WHOLE: gl.constexpr, ROUNDS: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Return the weights at PLACE of ``words`` (ROWS, 32) int16 in DTYPE, times 2^-TINY where they are made of
-    subnormal numbers (:func:`qhub_triton.tiled.operands.as_subnormal`).
+    subnormal numbers (:func:`qhub_triton.tiled.operands.as_subnormal`, :func:`qhub_triton.wide.instructions.folds`).
 
-    ``scale``, ``zero``: (ROWS,) float32; constants as in :func:`qhub_triton.tiled.many.many`; ROUNDS: scales are no
-    numbers of DTYPE. Zeros and offsets that are no whole numbers are split as ``tiled/operands.py`` says.
+    ``picked``: of :func:`looked_up` where codes are looked up. ``scale``, ``zero``: (ROWS,) float32; constants as in
+    :func:`qhub_triton.tiled.many.many`; ROUNDS: scales are no numbers of DTYPE. LATE: without their scales, for the
+    product is multiplied by them. Zeros and offsets that are no whole numbers are split as ``tiled/operands.py`` says.
     """
-    if as_subnormal(KIND, BITS, DTYPE == gl.float16, True, ZERO, ZERO_POINT):
+    if LATE:
+        return _unscaled(words, picked, scale, PLACE, BITS, KIND, DTYPE, ZERO_POINT)
+    elif folds(KIND, BITS, DTYPE == gl.float16, ZERO, WHOLE):
+        return _folded(words, scale, zero, PLACE, BITS, KIND, ROUNDS)
+    elif as_subnormal(KIND, BITS, DTYPE == gl.float16, True, ZERO, ZERO_POINT):
         FACTOR: gl.constexpr = 2.0 ** (133 - TINY - BITS * PLACE % 8)
         own = scale.to(DTYPE).to(gl.float32)
         if ROUNDS:
