@@ -48,9 +48,12 @@ gpu-test: $(STAMP)
 
 # On a machine with a card: its own docs/performance.md, in gpu-bench. Peers that are installed take part.
 gpu-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu.grid --out gpu-bench/gpu_grid.json --rows all --warm 8 --host
+	$(BIN)/python -m benchmarks.gpu.grid --out gpu-bench/gpu_grid.json --rows all --warm 8
 	$(BIN)/python -m benchmarks.gpu.end_to_end --out gpu-bench/gpu_end_to_end.json
 	$(BIN)/python -m benchmarks.gpu.generate --out gpu-bench/gpu_generate.json
+	$(BIN)/python -m benchmarks.gpu.host --out gpu-bench/gpu_host.json
+	$(BIN)/python -m benchmarks.gpu.reading --out gpu-bench/gpu_reading.json
+	$(BIN)/python -m benchmarks.gpu.experts --out gpu-bench/gpu_experts.json
 	$(BIN)/python -m benchmarks.gpu.report --results gpu-bench --docs gpu-bench
 
 clean:

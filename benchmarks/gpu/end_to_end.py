@@ -111,6 +111,11 @@ def with_bitsandbytes(model: Any) -> Any:
 
 def seconds(run: Callable[[], Any], count: int = 1, warmup: int = 0) -> float:
     """Return the median wall time of ``run`` in seconds, the device synchronized around it."""
+    return statistics.median(times_of(run, count, warmup))
+
+
+def times_of(run: Callable[[], Any], count: int, warmup: int) -> list[float]:
+    """Return the wall times of ``count`` calls of ``run`` in seconds, after ``warmup`` others."""
     times = []
     for index in range(warmup + count):
         torch.cuda.synchronize()
@@ -119,7 +124,7 @@ def seconds(run: Callable[[], Any], count: int = 1, warmup: int = 0) -> float:
         torch.cuda.synchronize()
         if index >= warmup:
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def prefill(model: Any) -> Callable[[], Any]:
@@ -180,7 +185,14 @@ def measure(variant: str, layers: int, tasks: set[str], repeats: int) -> dict[st
         result["prefill_ms"] = round(seconds(prefill(model), repeats, 2) * 1e3, 2)
     if "lora" in tasks:
         torch.cuda.reset_peak_memory_stats()
-        result["lora_ms"] = round(seconds(lora(model), repeats, 2) * 1e3, 2)
+        step = lora(model)
+        times_of(step, 5, 0)
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        steps = times_of(step, 2 * repeats, 0)
+        # Memory asked of the driver, which waits for the device: none once a step's has been had.
+        result["lora_device_allocations"] = torch.cuda.memory_stats()["num_device_alloc"] - before
+        result["lora_ms"] = round(statistics.median(steps) * 1e3, 2)
+        result["lora_steps_ms"] = [round(one * 1e3, 1) for one in steps]
         result["lora_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return result
 

@@ -173,18 +173,12 @@ def _generate(generate: dict[str, Any] | None) -> list[Row]:
     return lines
 
 
-def _host(runs: Sequence[Run]) -> list[Row]:
-    what = "host cost of one eager call over F.linear's, the slowest layout"
-    over: dict[str, float] = {}
-    for run in runs:
-        costs = run.get("host_us", {})
-        over |= {
-            name: cost - costs["cublas_bf16"]
-            for name, cost in costs.items()
-            if name.startswith("qhub") and "cublas_bf16" in costs
-        }
-    if not over:
+def _host(host: Sequence[dict[str, Any]]) -> list[Row]:
+    what = "host cost of one eager call of a layer over nn.Linear's, the slowest layout"
+    if not host:
         return [Row(what, "at most 15 us", "not measured", None)]
+    costs = host[-1]["host_us"]
+    over = {name: cost - costs["nn_linear"] for name, cost in costs.items() if name.startswith("qhub")}
     worst = max(over, key=lambda name: over[name])
     above = [f"{name} {cost:.0f}" for name, cost in over.items() if cost > 15]
     least = min(over, key=lambda name: over[name])
@@ -192,8 +186,11 @@ def _host(runs: Sequence[Run]) -> list[Row]:
     return [Row(what, "at most 15 us", text, not above, f"above: {', '.join(above)}" if above else "")]
 
 
-def goal_rows(runs: Sequence[Run], generate: dict[str, float] | None = None) -> list[Row]:
-    """Return the table of goals; ``generate``: {configuration: tokens/s at batch 1}, bf16 configurations named so."""
+def goal_rows(
+    runs: Sequence[Run], generate: dict[str, float] | None = None, host: Sequence[dict[str, Any]] = ()
+) -> list[Row]:
+    """Return the table of goals; ``generate``: {configuration: tokens/s at batch 1}, bf16 configurations named so;
+    ``host``: runs of :mod:`benchmarks.gpu.host`, of which the last counts."""
     few = [m for m in FEW if m <= 64]
     return [
         *_against_peers(runs),
@@ -211,5 +208,5 @@ def goal_rows(runs: Sequence[Run], generate: dict[str, float] | None = None) -> 
         *_codebooks(runs),
         *_generate(generate),
         *_accuracy(runs),
-        *_host(runs),
+        *_host(host),
     ]

@@ -97,27 +97,6 @@ def measure(
         replay.graph.reset()
 
 
-def host_cost(case: Case, ready: dict[str, tuple[Contestant, Prepared]], calls: int = 200) -> dict[str, float]:
-    """Return the microseconds of wall time of one eager call at M=1, host and launch included."""
-    costs = {}
-    for name, (contestant, prepared) in ready.items():
-        x = case.inputs(contestant.dtype, contestant.outliers)[:1]
-        try:
-            with torch.no_grad():
-                # Each copy's first call chooses and compiles.
-                for index in range(max(20, prepared.copies)):
-                    prepared.call(x, index % prepared.copies)
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for index in range(calls):
-                    prepared.call(x, index % prepared.copies)
-                torch.cuda.synchronize()
-            costs[name] = round((time.perf_counter() - start) / calls * 1e6, 2)
-        except Exception as error:
-            print(f"host cost of {name}: {error}", flush=True)
-    return costs
-
-
 def table(run: dict[str, Any], n: int, k: int) -> str:
     """Return the microseconds of one shape, a line per contestant, for the log."""
     cells = [c for c in run["cells"] if (c["n"], c["k"], c["regime"]) == (n, k, "busy")]
@@ -148,7 +127,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further M after so long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--host", action="store_true", help="measure the host's cost of one call at the first shape")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--warm", type=int, default=0, metavar="PROCESSES")
     arguments = parser.parse_args()
@@ -184,9 +162,6 @@ def main() -> None:
         ready = prepare(case, contestants, run)
         references = {name: Reference(case, *both, rows) for name, both in ready.items()}
         torch.cuda.empty_cache()
-        if arguments.host and "host_us" not in run:
-            run["host_us"] = host_cost(case, ready)
-            print("host us per call:", run["host_us"], flush=True)
         for m in rows:
             if time.perf_counter() - begun > arguments.seconds:
                 print(f"out of time before {n}x{k} M={m}", flush=True)

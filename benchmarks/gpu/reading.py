@@ -3,9 +3,7 @@
     python -m benchmarks.gpu.reading --out FILE
 
 A kernel reads a tensor and writes a number for each program; programs, warps and reads under way vary, the fastest
-counts. Timed as the grid's products are: graph replay, back to back, rotating over 300 MB. ``apart``: each kernel
-begins when the one before has ended, as a product must that reads its results. ``ahead``: it may begin to read before,
-which only the weights of a product allow.
+counts. Timed as the grid's products are: graph replay, back to back, rotating over 300 MB.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -37,13 +35,11 @@ _READS = (1, 2, 4, 8)
 
 
 @triton.jit
-def _read(words, out, COUNT, BLOCK: tl.constexpr, READS: tl.constexpr, AHEAD: tl.constexpr):
+def _read(words, out, COUNT, BLOCK: tl.constexpr, READS: tl.constexpr):
     """Read ``words`` (COUNT,) int32, READS blocks at a time, and write the xor of what this program has read."""
     at = tl.program_id(0) * (BLOCK * READS) + tl.arange(0, BLOCK)
     step = tl.num_programs(0) * (BLOCK * READS)
     found = tl.zeros((BLOCK,), tl.int32)
-    if AHEAD:
-        tl.extra.cuda.gdc_launch_dependents()
     for first in range(0, COUNT, step):
         read = ()
         for i in tl.static_range(READS):
@@ -51,16 +47,13 @@ def _read(words, out, COUNT, BLOCK: tl.constexpr, READS: tl.constexpr, AHEAD: tl
             read += (tl.load(words + place, mask=place < COUNT, other=0),)
         for i in tl.static_range(READS):
             found ^= read[i]
-    if AHEAD:
-        tl.extra.cuda.gdc_wait()
     tl.store(out + tl.program_id(0), tl.xor_sum(found, 0))
 
 
-def call_of(copies: list[Tensor], out: Tensor, programs: int, warps: int, reads: int, ahead: bool) -> Callable:
+def call_of(copies: list[Tensor], out: Tensor, programs: int, warps: int, reads: int) -> Callable:
     """Return what reads copy i."""
     block = warps * 32 * 4
-    options: dict[str, Any] = {"num_warps": warps, **({"launch_pdl": True} if ahead else {})}
-    launch = Launch(_read, {"BLOCK": block, "READS": reads, "AHEAD": ahead}, options)
+    launch = Launch(_read, {"BLOCK": block, "READS": reads}, {"num_warps": warps})
     grid = (min(programs, triton.cdiv(copies[0].numel(), block * reads)), 1, 1)
 
     def call(i: int) -> Tensor:
@@ -70,13 +63,13 @@ def call_of(copies: list[Tensor], out: Tensor, programs: int, warps: int, reads:
     return call
 
 
-def fastest(nbytes: int, ahead: bool) -> dict[str, Any]:
+def fastest(nbytes: int) -> dict[str, Any]:
     """Return the time of the fastest way to read ``nbytes``, and which it is."""
     copies = [torch.randint(0, 1 << 30, (nbytes // 4,), device="cuda").int() for _ in range(copies_for(nbytes))]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.zeros(processors * max(_PROGRAMS), dtype=torch.int32, device="cuda")
     ways = list(itertools.product(_PROGRAMS, _WARPS, _READS))
-    calls = {f"{p}x{processors} programs, {w} warps, {r} reads": call_of(copies, out, p * processors, w, r, ahead)
+    calls = {f"{p}x{processors} programs, {w} warps, {r} reads": call_of(copies, out, p * processors, w, r)
              for p, w, r in ways}  # fmt: skip
     times = bench(calls, len(copies), ms=0.4, rounds=5)
     best = min(times, key=lambda name: times[name])
@@ -94,7 +87,7 @@ def main() -> None:
     for n, k in SHAPES:
         # Codes, and a scale of 16 bits for 128 of them.
         nbytes = n * k // 2 + n * k // 128 * 2
-        cell = {"n": n, "k": k, "apart": fastest(nbytes, False), "ahead": fastest(nbytes, True)}
+        cell = {"n": n, "k": k, **fastest(nbytes)}
         run["cells"].append(cell)
         print(json.dumps(cell), flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.report [--merge FILE...] [--check]
 
-Reads ``gpu_grid.json``, ``gpu_end_to_end.json`` and ``gpu_generate*.json`` in ``benchmarks/results``. ``--merge``:
-first puts the runs of these files into ``gpu_grid.json`` (by their ids, so that a file may be given twice).
+Reads ``gpu_{grid,end_to_end,host,reading,experts}.json`` and ``gpu_generate*.json`` in ``benchmarks/results``.
+``--merge``: first puts the runs of these files into ``gpu_grid.json`` (by their ids, so that a file may be given
+twice).
 ``--check``: writes nothing and fails if the page is not that of the results.
 """
 
@@ -29,12 +30,14 @@ from benchmarks.gpu.cells import (
     value,
 )
 from benchmarks.gpu.goals import goal_rows
-from benchmarks.gpu.texts import HEAD, METHOD, REST
+from benchmarks.gpu.texts import EXPERTS, HEAD, HOST, METHOD, READING, REST
 
 __all__ = ["document", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+# Results besides the grid's, each in a file of its own.
+OTHERS = ("end_to_end", "host", "reading", "experts")
 # Which peers' groups qhub's contestants are compared with in their cells.
 RIVALS = {"int4_zeros": "int4", "int4": "int4", "nf4": "nf4", "nf4_nested": "nf4_nested"}
 
@@ -168,14 +171,45 @@ def control_text(runs: Sequence[Run]) -> str:
     )
 
 
-def host_table(runs: Sequence[Run]) -> str:
-    """Return the host's cost of one eager call."""
-    found: dict[str, float] = {}
-    for run in runs:
-        found |= run.get("host_us", {})
-    return (
-        markdown(["contestant", "us a call"], ([name, f"{cost:.0f}"] for name, cost in found.items())) if found else ""
+def host_table(host: dict[str, Any]) -> str:
+    """Return the host's cost of one eager call of a layer, in the last run."""
+    costs = host["runs"][-1]["host_us"]
+    plain = costs["nn_linear"]
+    return markdown(
+        ["layer", "us a call", "over nn.Linear's"],
+        ([name, f"{cost:.0f}", f"{cost - plain:+.0f}"] for name, cost in costs.items()),
     )
+
+
+def reading_table(reading: dict[str, Any], runs: Sequence[Run]) -> str:
+    """Return how long reading as much as a 4-bit weight takes, beside its product at M=1."""
+    lines = []
+    for cell in reading["runs"][-1]["cells"]:
+        own = lookup(runs, "qhub_int4", cell["n"], cell["k"], 1)
+        taken = value(own[0]) if own else None
+        lines.append(
+            [
+                f"{cell['n']}x{cell['k']}", f"{cell['bytes'] / 1e6:.1f}", f"{cell['us']:.1f}",
+                f"{cell['bytes'] / cell['us'] / 1e3:.0f}", f"{taken:.1f}" if taken else "",
+                f"{cell['us'] / taken:.2f}" if taken else "",
+            ]
+        )  # fmt: skip
+    return markdown(["weight", "MB", "reading, us", "GB/s", "qhub_int4 M=1, us", "reading over it"], lines)
+
+
+def experts_table(experts: dict[str, Any]) -> str:
+    """Return the times of experts; in brackets how many times as fast as the faster of bf16's implementations."""
+    cells = {(cell["model"], cell["layout"], cell["tokens"]): cell for run in experts["runs"] for cell in run["cells"]}
+    tokens = sorted({place[2] for place in cells})
+    lines = []
+    for model, layout in dict.fromkeys(place[:2] for place in cells):
+        line = [model, layout]
+        for count in tokens:
+            times = cells.get((model, layout, count), {}).get("us", {})
+            dense = [us for name, us in times.items() if name != "qhub"]
+            line.append(f"{times['qhub']:.0f} [{min(dense) / times['qhub']:.1f}]" if "qhub" in times and dense else "")
+        lines.append(line)
+    return markdown(["experts", "layout", *(f"{count} tokens, us" for count in tokens)], lines)
 
 
 def end_to_end_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -207,15 +241,17 @@ def generate_table(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def document(grid: Sequence[Run], end_to_end: dict[str, Any] | None, generate: dict[str, Any] | None) -> str:
-    """Return docs/performance.md."""
+def document(grid: Sequence[Run], others: dict[str, dict[str, Any] | None]) -> str:
+    """Return docs/performance.md; ``others``: of :func:`read_others`."""
     parts = [HEAD]
+    generate, end_to_end, host = others["generate"], others["end_to_end"], others["host"]
     speeds = None
     if generate is not None:
         one = [row for row in generate["runs"] if row["batch"] == 1 and row["prompt"] == 32]
         speeds = {row["variant"]: row["tokens_per_s"] for row in one if not row["variant"].startswith("int4-eager")}
     marks = {True: "met", False: "not met", None: "not measured"}
-    rows = ([r.what, r.goal, r.measured, marks[r.met], r.gap] for r in goal_rows(grid, speeds))
+    found = goal_rows(grid, speeds, host["runs"] if host else ())
+    rows = ([r.what, r.goal, r.measured, marks[r.met], r.gap] for r in found)
     parts += ["## Goals", markdown(["what", "goal", "measured", "", "gap"], rows)]
     parts += [REST.strip(), "## Machine", machine_text(grid), control_text(grid)]
     rows_seen = [m for m in ROWS if any(cell["m"] == m for run in grid for cell in run["cells"])]
@@ -235,9 +271,12 @@ def document(grid: Sequence[Run], end_to_end: dict[str, Any] | None, generate: d
     absent = absent_table(grid)
     if absent:
         parts += ["## Not measured", absent]
-    host = host_table(grid)
-    if host:
-        parts += ["## Host cost of one eager call (M=1)", host]
+    if others["reading"] is not None:
+        parts += ["## Reading alone", READING, reading_table(others["reading"], grid)]
+    if others["experts"] is not None:
+        parts += ["## Experts", EXPERTS, experts_table(others["experts"])]
+    if host is not None:
+        parts += ["## Host cost of one eager call (M=1)", HOST, host_table(host)]
     if end_to_end is not None:
         parts += ["## Llama-3-8B shape: quantizing, prefill, LoRA step", end_to_end_table(end_to_end["runs"])]
     if generate is not None:
@@ -259,6 +298,12 @@ def read_generate(folder: Path) -> dict[str, Any] | None:
     return {"runs": [row for one in found for row in one["runs"]], "note": notes}
 
 
+def read_others(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """Return the results in a folder besides the grid's, by name."""
+    others = {name: read(folder / f"gpu_{name}.json") for name in OTHERS}
+    return {**others, "generate": read_generate(folder)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--merge", type=Path, nargs="+", default=[])
@@ -270,9 +315,8 @@ def main() -> None:
     runs = merge(load([path for path in (store, *arguments.merge) if path.exists()]))
     if arguments.merge:
         store.write_text(json.dumps({"runs": runs}, separators=(",", ":")) + "\n")
-    end_to_end, generate = read(arguments.results / "gpu_end_to_end.json"), read_generate(arguments.results)
     page = arguments.docs / "performance.md"
-    text = document(runs, end_to_end, generate)
+    text = document(runs, read_others(arguments.results))
     if arguments.check:
         if not page.exists() or page.read_text() != text:
             parser.exit(1, f"{page} is not that of {arguments.results}: run python -m benchmarks.gpu.report\n")

@@ -8,6 +8,9 @@ Written from `benchmarks/results/gpu_*.json` by `python -m benchmarks.gpu.report
 python -m benchmarks.gpu.grid --out grid.json --rows all --warm 12      # products: every layout against every peer
 python -m benchmarks.gpu.end_to_end --out end_to_end.json               # an 8B shape: quantizing, prefill, LoRA step
 python -m benchmarks.gpu.generate --out generate.json                   # and generate
+python -m benchmarks.gpu.host --out host.json                           # what a call costs the host
+python -m benchmarks.gpu.experts --out experts.json                     # the experts of a layer
+python -m benchmarks.gpu.reading --out reading.json                     # reading alone
 python -m benchmarks.gpu.report --merge grid.json                       # tables and pictures
 ```
 
@@ -77,3 +80,15 @@ memory than there is; mended). The 3-bit model below ran with it; its cells were
 **Not run.** AQLM, E8P and LLM.int8() through `generate`, an H200, grouped experts' times, layouts other than 4-bit
 integers at 4096 x 14336 and 28672 x 8192 below 512 rows: the card was not at hand for longer.
 """
+
+READING = """A kernel that reads as many bytes as a 4-bit weight has (codes, and a scale of 16 bits for 128 of them) and
+writes a number for each program, the fastest of 64 ways to cut it (`benchmarks/gpu/reading.py`); timed as products are.
+No product that begins when the one before has ended can be faster."""
+
+EXPERTS = """Whole forward of a layer's experts, routing, both products, activation and weighted sum, in a CUDA graph,
+experts drawn anew for each of 16 calls (`benchmarks/gpu/experts.py`). mixtral: 8 experts of 14336 x 4096, 2 of them a
+token; qwen3: 128 of 768 x 2048, 8; gpt-oss: 32 of 2880 x 2880, 4. In brackets: how many times as fast as the faster of
+transformers' own implementations on bf16 weights."""
+
+HOST = """Wall time of a call of the layer, weights 1024 x 1024, so that the GPU waits for the host
+(`benchmarks/gpu/host.py`)."""

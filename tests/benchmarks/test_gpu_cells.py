@@ -124,7 +124,14 @@ def test_the_page_and_the_pictures_are_made(tmp_path):
     generate = {"runs": [{"variant": "int4", "batch": 1, "prompt": 32, "tokens_per_s": 400.0, "ms_per_step": 2.5,
                           "prefill_ms": 9.0, "setup_s": 1.0, "peak_gib": 6.0}]}  # fmt: skip
     end_to_end = {"runs": [{"date": "2026", "variants": {"bf16": {"prefill_ms": 60.0, "lora_ms": 300.0}}}]}
-    text = report.document([one], end_to_end, generate)
+    host = {"runs": [{"host_us": {"nn_linear": 15.0, "qhub_int4": 21.0}}]}
+    reading = {"runs": [{"cells": [{"n": 4096, "k": 4096, "bytes": 8650752, "us": 4.0}]}]}
+    times = {"qhub": 50.0, "grouped_mm": 200.0, "batched_mm": 150.0}
+    experts = {"runs": [{"cells": [{"model": "mixtral", "layout": "int4", "tokens": 1, "us": times}]}]}
+    others = {"end_to_end": end_to_end, "generate": generate, "host": host, "reading": reading, "experts": experts}
+    text = report.document([one], others)
+    assert "| qhub_int4 | 21 | +6 |" in text and "| mixtral | int4 | 50 [3.0] |" in text
+    assert "| 4096x4096 | 8.7 | 4.0 | 2163 | 5.0 | 0.80 |" in text
     assert "| qhub_int4 | 5.0 [2.00] | 5.0 [2.00] |" in text
     assert "no libmachete.so" in text and "400 tokens/s" in text and "| bf16 |  |  | 60.0 | 300.0 |" in text
     from benchmarks.gpu.plots import draw
@@ -136,8 +143,8 @@ def test_the_page_and_the_pictures_are_made(tmp_path):
 def test_the_committed_page_is_that_of_the_committed_results():
     if (report.RESULTS / "gpu_grid.json").exists():
         runs = cells.merge(cells.load([report.RESULTS / "gpu_grid.json"]))
-        end_to_end, generate = report.read(report.RESULTS / "gpu_end_to_end.json"), report.read_generate(report.RESULTS)
-        assert (report.ROOT / "docs" / "performance.md").read_text() == report.document(runs, end_to_end, generate)
+        text = report.document(runs, report.read_others(report.RESULTS))
+        assert (report.ROOT / "docs" / "performance.md").read_text() == text
 
 
 def test_machete_takes_the_schedules_of_its_heuristic():
@@ -150,7 +157,6 @@ def test_machete_takes_the_schedules_of_its_heuristic():
 
 
 def test_the_host_is_held_against_a_dense_call():
-    own = run("1", [])
-    own["host_us"] = {"cublas_bf16": 17.0, "qhub_int4": 30.0, "qhub_fp8": 40.0, "marlin_bf16": 90.0}
-    row = goals.goal_rows([own])[-1]
+    costs = {"nn_linear": 17.0, "qhub_int4": 30.0, "qhub_fp8": 40.0, "marlin_bf16": 90.0}
+    row = goals.goal_rows([], host=[{"host_us": costs}])[-1]
     assert row.met is False and row.gap == "above: qhub_fp8 23"

@@ -28,12 +28,14 @@ LOOKED_UP = (Tile(128, 4, 0.62), Tile(256, 2, 0.85))
 
 
 @pytest.mark.parametrize("wide", [(), EVEN, LOOKED_UP])
-@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "nested", "zeros", "looked_up"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("n", "k"), [(64, 32), (4096, 4096), (4096, 14336), (28672, 8192), (130, 100000)])
-def test_plans_fit(n: int, k: int, bits: int, light: bool, wide: tuple[Tile, ...]) -> None:
+def test_plans_fit(n: int, k: int, bits: int, kind: str, wide: tuple[Tile, ...]) -> None:
     depth = 16 // bits * 32
-    size = Size(n, -(-k // depth), depth, 132, light, False, wide)
+    size = Size(
+        n, -(-k // depth), depth, 132, kind == "nested", kind == "zeros", kind == "looked_up" and bits == 4, wide
+    )
     for m in (1, 2, 8, 9, 16, 17, 32, 64, 65, 128, 129, 512, 5000):
         found = candidates(size, m)
         assert found[0] == plan(size, m) and len(set(found)) == len(found)
@@ -49,39 +51,40 @@ def test_plans_fit(n: int, k: int, bits: int, light: bool, wide: tuple[Tile, ...
             each = -(-size.blocks // one.split)
             assert each * (one.split - 1) < size.blocks <= each * one.split
             # An H100 gives a program 227 KiB.
-            assert one.stages * (one.block_m * depth * 2 + one.block_n * 64) <= 227 << 10
+            tables = 32 << 10 if one.banks else 0
+            assert one.stages * (one.block_m * depth * 2 + one.block_n * 64) + tables <= 227 << 10
             assert isinstance(one, Many) and one.stages >= 2 and one.block_m >= 8
 
 
 def test_wide_programs_fill_the_processors() -> None:
-    size = Size(8192, 64, 128, 132, True, False, EVEN)
-    assert plan(size, 64) == plan(Size(8192, 64, 128, 132, True), 64)
+    size = Size(8192, 64, 128, 132, wide=EVEN)
+    assert plan(size, 64) == plan(Size(8192, 64, 128, 132), 64)
     # 64 tiles of 128 x 128: two parts each; from 66 tiles on, all of K at once.
     assert plan(size, 128) == Wide(2, 4) and plan(size, 256) == Wide(1, 4)
     # Too few tiles, however they are cut.
-    assert isinstance(plan(Size(1024, 32, 128, 132, True, False, EVEN), 128), Many)
+    assert isinstance(plan(Size(1024, 32, 128, 132, wide=EVEN), 128), Many)
 
 
 def test_tiles_of_256_rows_where_they_need_no_more_time() -> None:
-    size = Size(8192, 64, 128, 132, False, True, LOOKED_UP)
+    size = Size(8192, 64, 128, 132, looked_up=True, wide=LOOKED_UP)
     # A round of tiles of 256 rows, or two of 128.
     assert plan(size, 512) == Wide(1, 2, 256) and plan(size, 2048) == Wide(1, 2, 256)
     # Half of the processors would have a tile of 256 rows, and parts of tiles must be added up.
-    assert plan(Size(4096, 32, 128, 132, False, True, LOOKED_UP), 512) == Wide(1, 4, 128)
-    assert plan(Size(4096, 112, 128, 132, False, True, LOOKED_UP), 512) == Wide(2, 2, 256)
+    assert plan(Size(4096, 32, 128, 132, looked_up=True, wide=LOOKED_UP), 512) == Wide(1, 4, 128)
+    assert plan(Size(4096, 112, 128, 132, looked_up=True, wide=LOOKED_UP), 512) == Wide(2, 2, 256)
     # Five rounds of 128 rows, or three of 256.
     nearly = (Tile(128, 4, 0.94), Tile(256, 2, 1.0))
-    assert plan(Size(8192, 64, 128, 132, False, False, nearly), 1152).rows == 128  # type: ignore[union-attr]
+    assert plan(Size(8192, 64, 128, 132, zeros=True, wide=nearly), 1152).rows == 128  # type: ignore[union-attr]
     # Weights that are no work to widen gain nothing.
     for n in (4096, 8192, 14336):
         for m in (129, 300, 512, 700, 1024, 2048, 20000):
-            one = plan(Size(n, 32, 128, 132, True, False, EVEN), m)
+            one = plan(Size(n, 32, 128, 132, wide=EVEN), m)
             assert isinstance(one, Wide) and one.rows == 128
 
 
 def test_plans_of_other_weights_fit() -> None:
     def fitted(config: dict[str, object], tiles: tuple[Tile, ...]) -> Plan:
-        return within(plan_of(config), Size(4096, 32, 128, 132, True, False, tiles))
+        return within(plan_of(config), Size(4096, 32, 128, 132, wide=tiles))
 
     # As tables measured before there were tiles of 256 rows hold it.
     assert fitted({"kernel": "wide", "split": 2, "stages": 9}, EVEN) == Wide(2, 4, 128)

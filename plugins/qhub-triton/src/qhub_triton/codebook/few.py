@@ -74,6 +74,9 @@ class Few:
             prepare(parts["codes"].device)
             self.tabulates = self.blocks <= BLOCKS or -(-self.n // self.tables[0]) <= SIZE
         self.launches: dict[Any, Launch] = {}
+        # Views, made once: on a slow host each takes as long as a launch.
+        self.packed: tuple[Tensor, int] | None = None
+        self.tabled: Tensor | None = None
 
     def stale(self) -> bool:
         """Return whether the codebooks have been written into since they were looked at."""
@@ -81,6 +84,11 @@ class Few:
 
     def _packed(self) -> tuple[Tensor, int]:
         """Return the codes as integers of several blocks' codes, and of how many; 0 for bytes of a code of three."""
+        if self.packed is None:
+            self.packed = self._pack()
+        return self.packed
+
+    def _pack(self) -> tuple[Tensor, int]:
         codes = self.parts["codes"]
         size = codes.shape[-1] * codes.element_size()
         if size not in _WORDS:
@@ -144,10 +152,11 @@ class Few:
         if splits > 1:
             shares = torch.empty(tiles * splits * rows, dtype=torch.float32, device=x.device)
             arrived = counters(x.device, stream_of(self.index))
-        codes = self.parts["codes"].flatten(-2).view(_WORDS[2 * pack])
+        if self.tabled is None:
+            self.tabled = self.parts["codes"].flatten(-2).view(_WORDS[2 * pack])
         launch(
-            (tiles * splits, 1, 1), self.index, x, self.books, codes, self.parts["scales"], x if bias is None else bias,
-            y, shares, arrived, self.n, scale_rows,
+            (tiles * splits, 1, 1), self.index, x, self.books, self.tabled, self.parts["scales"],
+            x if bias is None else bias, y, shares, arrived, self.n, scale_rows,
         )  # fmt: skip
         return y
 

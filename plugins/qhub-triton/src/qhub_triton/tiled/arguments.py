@@ -32,9 +32,10 @@ def many_constants(layout: Tiled, parts: Parts) -> dict[str, bool]:
 
 def size_of(layout: Tiled, device: torch.device) -> Size:
     """Return what plans for a weight on ``device`` are made by."""
-    light = getattr(layout.of, "zero", "constant") == "constant" and not any(layout.scale_tensors().values())
+    nested = any(layout.scale_tensors().values())
+    zeros = getattr(layout.of, "zero", "constant") != "constant"
     looked_up = layout.bits == 4 and "table" in layout.part_specs()
-    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors(device), light, looked_up)
+    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors(device), nested, zeros, looked_up)
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:

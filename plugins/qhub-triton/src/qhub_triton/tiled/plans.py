@@ -94,17 +94,18 @@ class Tile:
 class Size:
     """Is a weight of ``n`` rows on a GPU of ``processors``.
 
-    ``blocks``: of a row; ``depth``: weights of a row in a block. ``light``: scales are plain, and there are no zeros;
-    else widening weights in a program for many rows costs more than reading them. ``looked_up``: codes of 4 bits stand
-    for the numbers of a table. ``wide``: the tiles that :class:`Wide` can have, by rising rows; none where
-    it cannot be used.
+    ``blocks``: of a row; ``depth``: weights of a row in a block. ``nested``: scales lie under a second level of them:
+    then widening weights in a program for many rows costs more than reading them. ``zeros``: weights are less a zero of
+    their group. ``looked_up``: codes of 4 bits stand for the numbers of a table. ``wide``: the tiles that :class:`Wide`
+    can have, by rising rows; none where it cannot be used.
     """
 
     n: int
     blocks: int
     depth: int
     processors: int
-    light: bool
+    nested: bool = False
+    zeros: bool = False
     looked_up: bool = False
     wide: tuple[Tile, ...] = ()
 
@@ -135,19 +136,12 @@ def plan(size: Size, m: int) -> Plan:
     tall, short = -(-n // 128), -(-n // 64)
     # Small weights: smaller programs, and fewer parts of their short rows.
     small = blocks <= 32 and short <= processors // 2
-    if m <= 8 and (size.looked_up or not size.light):
-        pairs = -(-n // 32)
-        if pairs >= 3 * processors:
-            return Few(4, 2, 2, 8)
-        if pairs < 1.5 * processors and (size.looked_up or blocks > 32):
-            return Few(8, 1, 2, 8) if blocks <= 32 else Few(16, 1, 1, 8)
-        return Few(8, 2, 2, 8)
+    if m <= 8 and size.nested:
+        return _few(-(-n // 32), blocks, processors)
     if m <= 64 and size.looked_up:
-        # Tables leave room for one such program on a processor, or for two with few rows.
-        split = _doubled(tall, processors if m > 32 else 2 * processors, 8)
-        return within(
-            Many(8, 128, 16 if m <= 16 else 32 if m <= 32 else 64, split, 6 if m <= 16 else 4, banks=True), size
-        )
+        return within(_looked_up(size, m), size)
+    if m <= 8 and size.zeros and small:
+        return Few(8, 2, 2, 8)
     if m <= 16:
         # Four programs of 64 rows for each processor.
         split = _doubled(short, 4 * processors, 4 if small else 8)
@@ -170,6 +164,28 @@ def plan(size: Size, m: int) -> Plan:
             return within(Many(8, 128, 128, 1, 3), size)
         return within(Many(8, 128, 128, 2, 3, registers=128), size)
     return within(Many(8, 128, 256, 1, 3), size)
+
+
+def _few(pairs: int, blocks: int, processors: int) -> Few:
+    if pairs >= 3 * processors:
+        return Few(4, 2, 2, 8)
+    return Few(8, 2, 2, 8) if pairs >= 1.5 * processors or blocks <= 32 else Few(16, 1, 1, 8)
+
+
+def _looked_up(size: Size, m: int) -> Few | Many:
+    """Return the plan for up to 64 rows where codes are looked up: see :mod:`qhub_triton.tiled.banks`."""
+    n, blocks, processors = size.n, size.blocks, size.processors
+    if m <= 8:
+        pairs = -(-n // 32)
+        if pairs >= 3 * processors:
+            return Few(4, 2 if blocks <= 32 else 1, 2, 8)
+        if pairs >= 1.5 * processors:
+            return Few(8, 2, 2, 8)
+        return Few(8, 1, 2, 8) if blocks <= 32 else Many(4, 64, 8, 8, 3, overlap="late", banks=True)
+    # Tables leave room for two such programs on a processor; with inputs of 64 rows, for one.
+    split = _doubled(-(-n // 128), processors if m > 32 else 2 * processors, 8)
+    rows = 16 if m <= 16 else 32 if m <= 32 else 64
+    return Many(8, 128, rows, split, 6 if m <= 16 else 4, overlap="late", banks=True)
 
 
 def _wide(size: Size, m: int) -> Wide | None:
@@ -232,25 +248,35 @@ def candidates(size: Size, m: int) -> list[Plan]:
     splits: tuple[int, ...] = (1, 2, 4, 8)
     if isinstance(chosen, Many):
         splits = tuple(s for s in (chosen.split // 2, chosen.split, chosen.split * 2) if 1 <= s <= 8)
-    if m <= 8:
-        found += [Few(8, 2, 2, 8), Few(4, 2, 2, 8), Few(16, 1, 1, 8)]
-        found += [Many(4, 64, 8, split, 6, overlap="late") for split in splits]
+    found += _beside(m, splits, size.looked_up)
+    return list(dict.fromkeys(within(one, size) for one in found))
+
+
+def _beside(m: int, splits: tuple[int, ...], looked_up: bool) -> list[Plan]:
+    """Return plans of the kernels in Triton, with ``splits`` parts where they have parts."""
+    if m <= 8 and looked_up:
+        few: list[Plan] = [Few(warps, tall, 2, 8) for warps in (4, 8) for tall in (1, 2)]
+        return [*few, Few(16, 1, 1, 8), *(Many(4, 64, 8, s, 3, overlap="late", banks=True) for s in splits)]
+    if m <= 64 and looked_up:
+        rows, stages = (16, 6) if m <= 16 else (32, 4) if m <= 32 else (64, 4)
+        found: list[Plan] = [Many(8, 128, rows, s, stages, overlap="late", banks=True) for s in splits]
+        return found + [Many(4, 64, rows, s, 5, overlap="late", banks=True) for s in splits if rows > 16]
     if m <= 16:
         rows = 8 if m <= 8 else 16
-        found += [Many(4, 64, rows, split, 4, overlap="late") for split in splits]
-        found += [Many(8, 128, 16, split, 4) for split in splits]
-    elif m <= 32:
-        found += [Many(8, 128, 32, split, 4) for split in splits]
-        found += [Many(4, 64, 32, split, 3, overlap="late") for split in splits]
-    elif m <= 64:
-        found += [Many(8, 128, 64, split, 4) for split in splits] + [Many(4, 64, 64, split, 4) for split in splits]
-    elif m <= 128:
-        found += [Many(8, 128, 64, split, 3, registers=128) for split in splits]
+        found = [Few(8, 2, 2, 8), Few(4, 2, 2, 8), Few(16, 1, 1, 8)] if m <= 8 else []
+        found += [Many(4, 64, 8, s, 6, overlap="late") for s in splits if m <= 8]
+        found += [Many(4, 64, rows, s, 4, overlap="late") for s in splits]
+        return found + [Many(8, 128, 16, s, 4) for s in splits]
+    if m <= 32:
+        found = [Many(8, 128, 32, s, 4) for s in splits]
+        return found + [Many(4, 64, 32, s, 3, overlap="late") for s in splits]
+    if m <= 64:
+        return [Many(warps, 16 * warps, 64, s, 4) for warps in (4, 8) for s in splits]
+    if m <= 128:
+        found = [Many(8, 128, 64, s, 3, registers=128) for s in splits]
         found += [Many(16, 256, 64, 1, 3), Many(16, 256, 128, 1, 4, registers=128)]
-        found += [Many(8, 128, 128, split, 3, registers=128) for split in splits]
-    else:
-        found += [Many(8, 128, 256, 1, 3), Many(8, 128, 128, 1, 3, registers=128), Many(8, 128, 128, 1, 3)]
-    return list(dict.fromkeys(within(one, size) for one in found))
+        return found + [Many(8, 128, 128, s, 3, registers=128) for s in splits]
+    return [Many(8, 128, 256, 1, 3), Many(8, 128, 128, 1, 3, registers=128), Many(8, 128, 128, 1, 3)]
 
 
 def probed(size: Size, compared: tuple[int, ...]) -> list[int | tuple[int, dict[str, Any]]]:
