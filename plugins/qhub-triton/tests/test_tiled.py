@@ -69,6 +69,7 @@ def affine(bits, group=128, n=96, k=512, **more):
 
 FEW = {"kernel": "few", "warps": 2, "tall": 1, "ahead": 2, "block_m": 8}
 MANY = {"kernel": "many", "warps": 4, "block_n": 64, "block_m": 16, "split": 1, "stages": 2}
+BANKS = {**MANY, "banks": True}
 
 
 @pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
@@ -104,14 +105,14 @@ def test_float8(format, grid, config):
     check(layout, 4, torch.float16, config=config)
 
 
-@pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("config", [FEW, MANY, BANKS], ids=["few", "many", "banks"])
 @pytest.mark.parametrize("nested", [None, Nested(group=16, table=True, offset=True)], ids=["plain", "nested"])
 def test_lookup(nested, config):
     layout = Lookup(out_features=96, in_features=512, grid=Grid.along_k(64), scales_nested=nested)
     check(layout, 4, config=config)
 
 
-@pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("config", [FEW, MANY, BANKS], ids=["few", "many", "banks"])
 def test_scales_that_are_powers_of_two(config):
     layout = Lookup(out_features=96, in_features=512, grid=Grid.along_k(32))
     parts = made(layout)

@@ -140,7 +140,10 @@ def test_values_a_kernel_is_compiled_for(rows: int) -> None:
         assert run.tiles(700) == 3 * (6 if rows == 128 else 3)
         constants = run.launch.constants
         assert set(constants) <= set(kernel.wide.arg_names) and constants["TILE_M"] == rows
-        assert run.block == [rows, constants["SPAN"]] and run.launch.options.get("maxnreg", 0) == (rows == 256) * 248
+        assert (
+            run.x.block_shape == [rows, constants["SPAN"]]
+            and run.launch.options.get("maxnreg", 0) == (rows == 256) * 248
+        )
         return constants
 
     size = {"out_features": 264, "in_features": 1152}
