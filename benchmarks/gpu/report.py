@@ -233,7 +233,8 @@ def generate_table(result: dict[str, Any]) -> str:
         (
             [
                 row["variant"], str(row["batch"]), str(row["prompt"]), f"{row['tokens_per_s']:.0f}",
-                f"{row['ms_per_step']:.2f}", f"{row['prefill_ms']:.1f}", f"{row['setup_s']:.1f}",
+                f"{row['ms_per_step']:.2f}", f"{row['prefill_ms']:.1f}",
+                f"{row['setup_s']:.1f}" if "setup_s" in row else "",
                 f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
             ]
             for row in result["runs"]
