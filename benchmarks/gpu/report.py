@@ -209,7 +209,7 @@ def experts_table(experts: dict[str, Any]) -> str:
             dense = [us for name, us in times.items() if name != "qhub"]
             line.append(f"{times['qhub']:.0f} [{min(dense) / times['qhub']:.1f}]" if "qhub" in times and dense else "")
         lines.append(line)
-    return markdown(["experts", "layout", *(f"{count} tokens, us" for count in tokens)], lines)
+    return markdown(["experts", "layout", *(f"{count} token{'s' * (count > 1)}, us" for count in tokens)], lines)
 
 
 def end_to_end_table(runs: Sequence[dict[str, Any]]) -> str:

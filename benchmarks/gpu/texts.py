@@ -37,48 +37,58 @@ them first; its error against float64 on the dequantized weights is 1.33 to 1.46
 4-bit integers, with zeros, HQQ, NF4, int8; an H100, when the kernels were tuned). The tests of the kernels hold
 weights in tiles, and in bfloat16 codebooks, to 1.2 times that. tinygemm, Marlin and Machete round as much (1.31 to
 1.32 in the same cells). Weights for many rows are scaled before the product, and so rounded once, because that is up
-to a third faster than scaling the product after it, whose error is cuBLAS's own.
+to a third faster than scaling the product after it, whose error is cuBLAS's own. For more than 128 rows of x, weights
+with one scale for a row of theirs (int8, float8 of channels) are scaled after it; so are all by the kernel for few.
 
-**M >= 512.** Plain 4-bit integers reach cuBLAS (0.96 to 1.03 on a busy card) since one warp brings weights and inputs
-and two groups of four widen and multiply, each with a product under way while it widens (`wide/`). Other weights take
-more instructions for 128 columns: with zeros 215, 8 bits 212, float8 352, NF4 448, against 156; they reach 0.83, 0.81,
-0.69 and 0.57. What fits all of these: a group that widens does not overlap its own product, and has the time of the
-other group's, 128 clocks for 32 columns, to hide 40 instructions in. Tiles of 256 rows of x would double that time, but
-leave room for two stages only (0.9 of cuBLAS for 4-bit integers, so not built); the way there is y through the
-stages' own memory. The dispatcher's guess knows these shares since, and dequantizes NF4 and float8 for cuBLAS from
-about 2048 rows on (0.81 to 0.85 for 4-bit integers); the cells below are of the kernel.
+**M >= 512.** 4-bit integers (0.99 to 1.06 of cuBLAS) and those with zeros (0.97 to 1.07) are as fast as a dense
+product. Two groups of four warps widen and multiply, each with a product under way while it widens (`wide/`). A group
+that widens does not overlap its own product, and has the time of the other group's to hide its instructions in: 128
+clocks for 32 columns of 128 rows of x. So weights that take more instructions have tiles of 256 rows, which double
+that time; there each group brings its own inputs, since two groups then hold all registers. 8 bits reach 0.95 to 0.99
+and float8 0.93 to 0.99 that way, NF4 0.80 to 0.87 (its lookups alone are 24 instructions of byte permutation for eight
+weights). Where such tiles are too few for the processors, at 512 rows of weights with 4096 rows, tiles of 128 rows or
+two parts of K give 0.81 to 0.89, NF4 0.65 to 0.77; at 28672 x 8192 and 512 rows, 448 tiles on 132 processors leave the
+fourth round half empty (0.86 to 0.89, NF4 0.69 to 0.76). A dense product of weights dequantized before (0.81 to 0.85 at
+2048 rows) is no faster than that for NF4. Not tried: sharing the last round's tiles out along K.
 
 **M <= 16.** At 28672 x 8192 products read at 0.9 of the copy bandwidth, at 8192 x 8192 at 0.73, at 4096 x 4096 at
-0.4: about 4 us do not shrink with the weight (start, first words from memory, the sum of the parts of K). Tried: asking
-for all weights ahead (prefetch into the second-level cache before the kernel before has ended: as fast at 4096 x 4096,
-6 to 14 % slower above), deeper stages (3 to 8 % slower), letting the next kernel begin early (up to 11 % slower: its
-programs take the places and the bandwidth) or when the last block has been multiplied (up to 5 % faster; it is so now).
+0.4. A kernel that does nothing but read as much takes 40.2, 12.8 and 4.7 us (below), so products are at 0.92, 0.83 and
+0.68 of what can be had by a kernel that begins when the one before has ended, and the goals, 14.0 us at 8192 x 8192 and
+5.0 at 4096 x 4096, leave 1.2 and 0.3 us for everything else: the sum of the parts of K, the first words' way to the
+matrix units. Tried: asking for all weights ahead (prefetch into the second-level cache before the kernel before has
+ended: as fast at 4096 x 4096, 6 to 14 % slower above), deeper stages (3 to 8 % slower), letting the next kernel begin
+early (up to 11 % slower: its programs take the places and the bandwidth) or when the last block has been multiplied (up
+to 5 % faster; it is so now).
 
-**NF4 at M = 1.** Looking a code up in registers takes 27 instructions for eight weights, against 9 for integers'; at
-few rows that, not memory, is what takes the time (28 to 30 us at 14336 x 4096, where reading takes 11). Smaller pieces
-a warp, the plan since, took 25.7 us at 8192 x 8192 and 27.1 at 14336 x 4096 when plans were compared; the tables have
-the times before.
+**NF4 at M = 1.** 1.4 to 2.1 times bitsandbytes (1.0 to 1.2 before), from M = 2 on 2.0 to 5.9 times. Codes are looked up
+in shared memory, where each lane of a warp has a table of all pairs in its own bank (`tiled/banks.py`), and no longer
+in registers, which took 27 instructions for eight weights and as many again to bring the results into the order of a
+matrix operand. What is left is what 4-bit integers have left (7.7 us at 4096 x 4096 where those take 6.8), and an
+eighth of a bit more of scales for each weight.
 
 **AQLM, E8P.** AQLM is 2.8 to 3.1 times as fast as cuBLAS. E8P's product alone is 2.2 to 3.4 times as fast; each
 rotation before and after it takes 2 to 7 us more.
 
-**fp8 dynamic.** Ahead of the best peer but in three cells, 2 to 5 % behind: rounding the input is a launch of its own.
+**fp8 dynamic.** Ahead of the best peer but in three cells, 2 to 5 % behind: rounding the input is a launch of its own,
+and divides as IEEE 754 says.
 
-**Host cost.** Measured at 14336 x 4096, where `F.linear` itself takes the 42 us of its kernel, in a run in which peers
-took 1.5 to 1.8 times as long as in another (bitsandbytes' int8 340 us, 186 before): 33 to 43 us a call for weights in
-tiles. Python's share of it, with launches left out, is 7 us for weights in tiles, 8 for AQLM and 22 for E8P on a
-desktop processor. Why AQLM takes 233 us there is not known; generate replays graphs and does not pay it.
+**Decoding.** int4 with zeros takes 3.2 ms a step in the last run, where products and head add up to some 2.5: two calls
+were timed, on a host that was often late. At every shape they are faster than in the run before, which gave 2.9 ms.
 
-**Prefill and LoRA step.** Weights are put into tiles by `generate` and `qhub.optimize`; the rows below are of models as
-they were quantized, whose weights are dequantized for cuBLAS: 69 ms against the 63 of bf16 are that. The benchmark
-puts them into tiles since; not run again. The LoRA step takes 88 to 115 ms more than bf16's, of which dequantizing for
-forward and backward is about 15; the rest was not profiled.
+**Host cost.** 3 to 9 us over `nn.Linear` for weights in tiles, on a host whose `nn.Linear` takes 24 us (13 to 16 on
+others). LLM.int8() without outliers takes two launches (18 us over), E8P three and five tensors (63 us over).
 
-**2 and 3 bits at 14336 x 4096.** The kernel was refused there when the table was made (its plan asked for more shared
-memory than there is; mended). The 3-bit model below ran with it; its cells were not measured again.
+**Prefill and LoRA step.** Prefill is that of bf16 for plain integers. The LoRA step is held by the host: the GPU is
+busy for 205 ms of a step with 4-bit integers, and for 199 of bf16's (8,264 kernels in a profiled step, most of them
+PEFT's and autocast's casts and sums). Single steps of one run differ by a fifth, once by twice as much; no memory is
+asked of the driver meanwhile. In the last run plain integers take 45 ms more than bf16, NF4 56, bitsandbytes' NF4 28.
+On a desktop processor a recorded product takes 11 us (17 before), its backward 2 us more than `nn.Linear`'s (11
+before); dequantizing takes 6 ms of the GPU.
 
-**Not run.** AQLM, E8P and LLM.int8() through `generate`, an H200, grouped experts' times, layouts other than 4-bit
-integers at 4096 x 14336 and 28672 x 8192 below 512 rows: the card was not at hand for longer.
+**Experts.** mxfp4 is still looked up in registers there, which is why it gains less than integers do.
+
+**Not run.** An H200; E8P and layouts other than 4-bit at 4096 x 14336 and 28672 x 8192 below 512 rows; experts in
+float8: the card was not at hand for longer.
 """
 
 READING = """A kernel that reads as many bytes as a 4-bit weight has (codes, and a scale of 16 bits for 128 of them) and
