@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "interpreted", "native", "overlaps", "processors", "stream_of"]
+__all__ = ["Launch", "hopper", "interpreted", "memory", "native", "overlaps", "processors", "stream_of"]
 
 
 def interpreted(kernel: Any) -> bool:
@@ -28,6 +28,20 @@ def native(device: torch.device) -> bool:
 def overlaps(device: torch.device) -> bool:
     """Return whether a kernel on ``device`` can begin while the one before it ends (compute capability 9.0)."""
     return native(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def hopper(device: torch.device) -> bool:
+    """Return whether ``device`` is of compute capability 9; elsewhere than on a GPU, as an H100 is."""
+    if device.type != "cuda":
+        return True
+    return native(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def memory(device: torch.device) -> int:
+    """Return how many bytes of shared memory a program on ``device`` may have; elsewhere than on a GPU, an H100's."""
+    if device.type != "cuda":
+        return 227 << 10
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)
 
 
 def processors(device: torch.device) -> int:

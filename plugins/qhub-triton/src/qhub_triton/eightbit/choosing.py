@@ -12,6 +12,7 @@ from qhub.layouts import Affine, Float8, Layout, Parts
 from qhub_triton.eightbit.accepting import columns_of
 from qhub_triton.eightbit.launching import Row, Tile
 from qhub_triton.eightbit.library import Library, takes
+from qhub_triton.launch import memory, processors
 
 __all__ = ["Choice", "Setting", "choice", "choice_of", "fitted", "tunables"]
 
@@ -51,11 +52,7 @@ class Setting:
         hopper = gpu and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
         sizes = {}
         if gpu:
-            card = torch.cuda.get_device_properties(device)
-            sizes = {
-                "processors": card.multi_processor_count,
-                "memory": getattr(card, "shared_memory_per_block_optin", 64 << 10),
-            }
+            sizes = {"processors": processors(device), "memory": memory(device)}
         return Setting(
             n=layout.out_features,
             k=layout.in_features,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qhub.layouts import Float8, Nested, Parts
 from qhub.layouts.tiled import Tiled
-from qhub_triton.launch import native, processors
+from qhub_triton.launch import hopper, memory, native, processors
 from qhub_triton.tiled import decode
 from qhub_triton.tiled.plans import Size
 
@@ -35,7 +35,17 @@ def size_of(layout: Tiled, device: torch.device) -> Size:
     nested = any(layout.scale_tensors().values())
     zeros = getattr(layout.of, "zero", "constant") != "constant"
     looked_up = layout.bits == 4 and "table" in layout.part_specs()
-    return Size(layout.out_features, layout.blocks, layout.per_word * 32, processors(device), nested, zeros, looked_up)
+    return Size(
+        layout.out_features,
+        layout.blocks,
+        layout.per_word * 32,
+        processors(device),
+        memory(device),
+        nested,
+        zeros,
+        looked_up,
+        banks=looked_up and hopper(device),
+    )
 
 
 def bytes_of(table: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,8 @@ from qhub_triton.tiled.arguments import constants_of, many_constants, size_of, t
 from qhub_triton.tiled.counters import SIZE, counters, prepare
 from qhub_triton.tiled.few import few
 from qhub_triton.tiled.many import many
-from qhub_triton.tiled.plans import Few, Many, Plan, Tile, Wide, candidates, named, plan, plan_of, probed, within
+from qhub_triton.tiled.plans import Few, Many, Plan, Tile, Wide, plan, plan_of, within
+from qhub_triton.tiled.trials import candidates, named, probed
 from qhub_triton.wide.launching import WideLaunch
 from qhub_triton.wide.tiles import HEIGHT
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,23 +12,18 @@ __all__ = [
     "Size",
     "Tile",
     "Wide",
-    "candidates",
     "config_of",
-    "named",
     "plan",
     "plan_of",
-    "probed",
     "within",
 ]
 
-# Bytes of shared memory that the stages of a program may take: an H100 has 227 KiB of it for one.
-_SHARED = 224 << 10
+# Bytes of shared memory that a program has besides its stages.
+_BESIDE = 3 << 10
 # Bytes of shared memory that the tables of :mod:`qhub_triton.tiled.banks` take.
 _BANKS = 32 << 10
 # What it costs to add the parts of a tile of Wide up, by how many columns could be multiplied meanwhile: for each part.
 _SUM = 800
-# Rows of input at which plans of more rows than were compared are looked for.
-_WALK = tuple(range(128, 4097, 128)) + tuple(1 << i for i in range(13, 20))
 
 
 @dataclass(frozen=True)
@@ -94,19 +88,22 @@ class Tile:
 class Size:
     """Is a weight of ``n`` rows on a GPU of ``processors``.
 
-    ``blocks``: of a row; ``depth``: weights of a row in a block. ``nested``: scales lie under a second level of them:
-    then widening weights in a program for many rows costs more than reading them. ``zeros``: weights are less a zero of
-    their group. ``looked_up``: codes of 4 bits stand for the numbers of a table. ``wide``: the tiles that :class:`Wide`
-    can have, by rising rows; none where it cannot be used.
+    ``memory``: bytes of shared memory that a program may have. ``blocks``: of a row; ``depth``: weights of a row in a
+    block. ``nested``: scales lie under a second level of them: then widening weights in a program for many rows costs
+    more than reading them. ``zeros``: weights are less a zero of their group. ``looked_up``: codes of 4 bits stand for
+    the numbers of a table. ``banks``: programs for many rows may have that in shared memory beside their stages.
+    ``wide``: the tiles that :class:`Wide` can have, by rising rows; none where it cannot be used.
     """
 
     n: int
     blocks: int
     depth: int
     processors: int
+    memory: int = 227 << 10
     nested: bool = False
     zeros: bool = False
     looked_up: bool = False
+    banks: bool = False
     wide: tuple[Tile, ...] = ()
 
 
@@ -121,12 +118,6 @@ def config_of(plan: Plan) -> dict[str, Any]:
     return {"kernel": type(plan).__name__.lower(), **asdict(plan)}
 
 
-def named(plans: Iterable[Plan]) -> dict[str, dict[str, Any]]:
-    """Return ``plans`` as plain data, each under a name made of its values."""
-    found = [config_of(one) for one in plans]
-    return {"-".join(str(value) for value in one.values()): one for one in found}
-
-
 def plan(size: Size, m: int) -> Plan:
     """Return a plan for ``m`` rows of input.
 
@@ -138,8 +129,10 @@ def plan(size: Size, m: int) -> Plan:
     small = blocks <= 32 and short <= processors // 2
     if m <= 8 and size.nested:
         return _few(-(-n // 32), blocks, processors)
-    if m <= 64 and size.looked_up:
-        return within(_looked_up(size, m), size)
+    if m <= 8 and size.looked_up and not (size.banks and blocks > 32 and -(-n // 32) < 1.5 * processors):
+        return _looked_up(-(-n // 32), blocks, processors)
+    if m <= 64 and size.banks:
+        return within(_banked(tall, m, processors), size)
     if m <= 8 and size.zeros and small:
         return Few(8, 2, 2, 8)
     if m <= 16:
@@ -172,18 +165,20 @@ def _few(pairs: int, blocks: int, processors: int) -> Few:
     return Few(8, 2, 2, 8) if pairs >= 1.5 * processors or blocks <= 32 else Few(16, 1, 1, 8)
 
 
-def _looked_up(size: Size, m: int) -> Few | Many:
-    """Return the plan for up to 64 rows where codes are looked up: see :mod:`qhub_triton.tiled.banks`."""
-    n, blocks, processors = size.n, size.blocks, size.processors
+def _looked_up(pairs: int, blocks: int, processors: int) -> Few:
+    if pairs >= 3 * processors:
+        return Few(4, 2 if blocks <= 32 else 1, 2, 8)
+    if pairs >= 1.5 * processors:
+        return Few(8, 2, 2, 8)
+    return Few(8, 1, 2, 8) if blocks <= 32 else Few(16, 1, 1, 8)
+
+
+def _banked(tall: int, m: int, processors: int) -> Many:
+    """Return the plan where codes are looked up in shared memory: see :mod:`qhub_triton.tiled.banks`."""
     if m <= 8:
-        pairs = -(-n // 32)
-        if pairs >= 3 * processors:
-            return Few(4, 2 if blocks <= 32 else 1, 2, 8)
-        if pairs >= 1.5 * processors:
-            return Few(8, 2, 2, 8)
-        return Few(8, 1, 2, 8) if blocks <= 32 else Many(4, 64, 8, 8, 3, overlap="late", banks=True)
+        return Many(4, 64, 8, 8, 3, overlap="late", banks=True)
     # Tables leave room for two such programs on a processor; with inputs of 64 rows, for one.
-    split = _doubled(-(-n // 128), processors if m > 32 else 2 * processors, 8)
+    split = _doubled(tall, processors if m > 32 else 2 * processors, 8)
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     return Many(8, 128, rows, split, 6 if m <= 16 else 4, overlap="late", banks=True)
 
@@ -228,75 +223,14 @@ def within(chosen: Plan, size: Size) -> Plan:
     each = -(-size.blocks // max(1, min(chosen.split, size.blocks)))
     chosen = replace(chosen, split=-(-size.blocks // each))
     # A stage: a block of inputs in 16 bits, and the words of a block of weights.
-    room = _SHARED - (_BANKS if chosen.banks else 0)
+    room = size.memory - _BESIDE - (_BANKS if chosen.banks else 0)
     while chosen.stages * (chosen.block_m * size.depth * 2 + chosen.block_n * 64) > room:
         if chosen.stages > 2:
             chosen = replace(chosen, stages=chosen.stages - 1)
         elif chosen.block_m > 16:
             chosen = replace(chosen, block_m=chosen.block_m // 2)
+        elif chosen.block_n > 64:
+            chosen = replace(chosen, block_n=chosen.block_n // 2, warps=max(4, chosen.warps // 2))
         else:
             break
     return chosen
-
-
-def candidates(size: Size, m: int) -> list[Plan]:
-    """Return the plans that are worth measuring, those near the rule's."""
-    chosen = plan(replace(size, wide=()), m)
-    found: list[Plan] = [plan(size, m), chosen]
-    for tile in size.wide if m > 128 else size.wide[:1] if m > 64 else ():
-        found += [Wide(split, tile.stages, tile.rows) for split in ((1, 2, 4) if m <= 512 else (1,))]
-    splits: tuple[int, ...] = (1, 2, 4, 8)
-    if isinstance(chosen, Many):
-        splits = tuple(s for s in (chosen.split // 2, chosen.split, chosen.split * 2) if 1 <= s <= 8)
-    found += _beside(m, splits, size.looked_up)
-    return list(dict.fromkeys(within(one, size) for one in found))
-
-
-def _beside(m: int, splits: tuple[int, ...], looked_up: bool) -> list[Plan]:
-    """Return plans of the kernels in Triton, with ``splits`` parts where they have parts."""
-    if m <= 8 and looked_up:
-        few: list[Plan] = [Few(warps, tall, 2, 8) for warps in (4, 8) for tall in (1, 2)]
-        return [*few, Few(16, 1, 1, 8), *(Many(4, 64, 8, s, 3, overlap="late", banks=True) for s in splits)]
-    if m <= 64 and looked_up:
-        rows, stages = (16, 6) if m <= 16 else (32, 4) if m <= 32 else (64, 4)
-        found: list[Plan] = [Many(8, 128, rows, s, stages, overlap="late", banks=True) for s in splits]
-        return found + [Many(4, 64, rows, s, 5, overlap="late", banks=True) for s in splits if rows > 16]
-    if m <= 16:
-        rows = 8 if m <= 8 else 16
-        found = [Few(8, 2, 2, 8), Few(4, 2, 2, 8), Few(16, 1, 1, 8)] if m <= 8 else []
-        found += [Many(4, 64, 8, s, 6, overlap="late") for s in splits if m <= 8]
-        found += [Many(4, 64, rows, s, 4, overlap="late") for s in splits]
-        return found + [Many(8, 128, 16, s, 4) for s in splits]
-    if m <= 32:
-        found = [Many(8, 128, 32, s, 4) for s in splits]
-        return found + [Many(4, 64, 32, s, 3, overlap="late") for s in splits]
-    if m <= 64:
-        return [Many(warps, 16 * warps, 64, s, 4) for warps in (4, 8) for s in splits]
-    if m <= 128:
-        found = [Many(8, 128, 64, s, 3, registers=128) for s in splits]
-        found += [Many(16, 256, 64, 1, 3), Many(16, 256, 128, 1, 4, registers=128)]
-        return found + [Many(8, 128, 128, s, 3, registers=128) for s in splits]
-    return [Many(8, 128, 256, 1, 3), Many(8, 128, 128, 1, 3, registers=128), Many(8, 128, 128, 1, 3)]
-
-
-def probed(size: Size, compared: tuple[int, ...]) -> list[int | tuple[int, dict[str, Any]]]:
-    """Return the rows of input at which to compare a product with another: ``compared``, and, each with few rows, the
-    plans for more rows that cut the work in a way that none of those does."""
-    met = {_cut(plan(size, m)) for m in compared}
-    found: list[int | tuple[int, dict[str, Any]]] = list(compared)
-    for m in _WALK:
-        one = plan(size, m)
-        if _cut(one) not in met:
-            met.add(_cut(one))
-            # Tiles of up to 256 rows, the last of them not full.
-            found.append((min(m, 300), config_of(one)))
-    return found
-
-
-def _cut(one: Plan) -> tuple[object, ...]:
-    """Return what of a plan decides which code runs."""
-    if isinstance(one, Few):
-        return "few", one.block_m
-    if isinstance(one, Many):
-        return "many", one.block_m, one.split > 1, one.banks
-    return "wide", one.rows, one.split > 1

@@ -13,7 +13,8 @@ from qhub.layouts import Layout, Parts
 from qhub.layouts.tiled import Tiled
 from qhub_triton.tiled.arguments import size_of
 from qhub_triton.tiled.linear import Product
-from qhub_triton.tiled.plans import Size, Wide, candidates, named, plan_of, probed
+from qhub_triton.tiled.plans import Size, Wide, plan_of
+from qhub_triton.tiled.trials import candidates, named, probed
 from qhub_triton.wide.tiles import tiles_of
 
 __all__ = ["bind", "linear", "probes", "tunables"]
