@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,21 +75,15 @@ class Few:
             prepare(parts["codes"].device)
             self.tabulates = self.blocks <= BLOCKS or -(-self.n // self.tables[0]) <= SIZE
         self.launches: dict[Any, Launch] = {}
-        # Views, made once: on a slow host each takes as long as a launch.
-        self.packed: tuple[Tensor, int] | None = None
-        self.tabled: Tensor | None = None
 
     def stale(self) -> bool:
         """Return whether the codebooks have been written into since they were looked at."""
         return _version(self.parts["codebooks"]) != self.version
 
+    # Views are made once: on a slow host each takes as long as a launch.
+    @cached_property
     def _packed(self) -> tuple[Tensor, int]:
         """Return the codes as integers of several blocks' codes, and of how many; 0 for bytes of a code of three."""
-        if self.packed is None:
-            self.packed = self._pack()
-        return self.packed
-
-    def _pack(self) -> tuple[Tensor, int]:
         codes = self.parts["codes"]
         size = codes.shape[-1] * codes.element_size()
         if size not in _WORDS:
@@ -98,6 +93,11 @@ class Few:
             return codes.view(_WORDS[size]), 1
         return codes.flatten(-2).view(torch.int32), pack
 
+    @cached_property
+    def _tabled(self) -> Tensor:
+        """Return the codes as integers of those that a lane reads at once for tables."""
+        return self.parts["codes"].flatten(-2).view(_WORDS[2 * self.tables[2]])
+
     def fragments(self, x: Tensor, sums: Tensor | None, overlap: bool) -> Tensor:
         """Return x (M, K) float16 contiguous times the stored matrix, (1, M, N) float32; M at most 16.
 
@@ -105,7 +105,7 @@ class Few:
         """
         m, layout, words = x.shape[0], self.layout, self.words
         (warps, tall), wide = self.plan, 8 if m <= 8 else 16
-        codes, pack = self._packed()
+        codes, pack = self._packed
         count = 1 if sums is None else sums.shape[1]
         key = (wide, overlap, x.data_ptr() % 16)
         launch = self.launches.get(key)
@@ -152,10 +152,8 @@ class Few:
         if splits > 1:
             shares = torch.empty(tiles * splits * rows, dtype=torch.float32, device=x.device)
             arrived = counters(x.device, stream_of(self.index))
-        if self.tabled is None:
-            self.tabled = self.parts["codes"].flatten(-2).view(_WORDS[2 * pack])
         launch(
-            (tiles * splits, 1, 1), self.index, x, self.books, self.tabled, self.parts["scales"],
+            (tiles * splits, 1, 1), self.index, x, self.books, self._tabled, self.parts["scales"],
             x if bias is None else bias, y, shares, arrived, self.n, scale_rows,
         )  # fmt: skip
         return y

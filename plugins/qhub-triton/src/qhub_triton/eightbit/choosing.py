@@ -12,7 +12,7 @@ from qhub.layouts import Affine, Float8, Layout, Parts
 from qhub_triton.eightbit.accepting import columns_of
 from qhub_triton.eightbit.launching import Row, Tile
 from qhub_triton.eightbit.library import Library, takes
-from qhub_triton.launch import memory, processors
+from qhub_triton.launch import memory, overlaps, processors
 
 __all__ = ["Choice", "Setting", "choice", "choice_of", "fitted", "tunables"]
 
@@ -49,7 +49,7 @@ class Setting:
         assert isinstance(layout, (Affine, Float8))
         device = parts["qweight"].device
         gpu = device.type == "cuda" and not interpreted
-        hopper = gpu and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+        hopper = gpu and overlaps(device)
         sizes = {}
         if gpu:
             sizes = {"processors": processors(device), "memory": memory(device)}

@@ -8,7 +8,7 @@ import triton.language as tl
 from qhub_triton.grouped.few import parts_of, rows_of
 from qhub_triton.tiled.groups import run_of
 from qhub_triton.tiled.operands import block_product, depth_of, factors, unit_of
-from qhub_triton.tiled.registers import entries, in_registers, looked_up
+from qhub_triton.tiled.registers import by_instructions, entries, looked_up
 
 __all__ = ["grouped_many"]
 
@@ -51,7 +51,7 @@ def grouped_many(
         for block in tl.range(0, BLOCKS, num_stages=STAGES):
             codes = tl.load(pointer)
             picked = ()
-            if in_registers(KIND, BITS, NATIVE):
+            if by_instructions(KIND, BITS, NATIVE):
                 picked = looked_up(codes, kept, DTYPE)
             now = factors(
                 scales, zeros, supers, super_table, super_offset, zero_supers, tl.program_id(0) * BLOCK_N, row, block,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from qhub_triton.tiled.banks import write_banks
-from qhub_triton.tiled.registers import in_registers
+from qhub_triton.tiled.registers import by_instructions
 from qhub_triton.tiled.turns import pieces, turn
 
 __all__ = ["few"]
@@ -56,7 +56,7 @@ def few(
     if TURNS == 0:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
-        if in_registers(KIND, BITS, NATIVE):
+        if by_instructions(KIND, BITS, NATIVE):
             write_banks(table)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
@@ -72,7 +72,7 @@ def few(
         here = pieces(pointer, 0, warp, BLOCKS, WARPS, TALL, AHEAD)
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
-        if in_registers(KIND, BITS, NATIVE):
+        if by_instructions(KIND, BITS, NATIVE):
             write_banks(table)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()

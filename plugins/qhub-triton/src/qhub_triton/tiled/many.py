@@ -15,7 +15,7 @@ import triton.language as tl
 from qhub_triton.tiled.banks import write_banks
 from qhub_triton.tiled.groups import run_of
 from qhub_triton.tiled.operands import block_product, depth_of, factors, unit_of
-from qhub_triton.tiled.registers import entries, in_registers, looked_up
+from qhub_triton.tiled.registers import by_instructions, entries, looked_up
 
 __all__ = ["many"]
 
@@ -65,7 +65,7 @@ def many(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
-    if BANKS and in_registers(KIND, BITS, NATIVE):
+    if BANKS and by_instructions(KIND, BITS, NATIVE):
         write_banks(table)
         held = ()
     else:

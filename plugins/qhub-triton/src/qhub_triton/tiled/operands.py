@@ -8,9 +8,19 @@ import triton.language as tl
 from qhub_triton.tiled.banks import in_banks
 from qhub_triton.tiled.decode import INTEGER, numbers, offset_of
 from qhub_triton.tiled.groups import group_scales, group_zeros, paired, run_of
-from qhub_triton.tiled.registers import in_registers
+from qhub_triton.tiled.registers import by_instructions
 
-__all__ = ["TINY", "as_subnormal", "block_product", "depth_of", "factors", "subnormal", "unit_of"]
+__all__ = [
+    "TINY",
+    "as_subnormal",
+    "block_product",
+    "depth_of",
+    "factors",
+    "in_two_parts",
+    "masked",
+    "subnormal",
+    "unit_of",
+]
 
 # Weights made of subnormal numbers are times 2^-TINY, so that a scale's part of them stays far from both ends.
 _TINY = 69
@@ -56,6 +66,21 @@ def unit_of(unit, kind, bits, half, native, zero, zero_point, early):
 
 
 @triton.constexpr_function
+def masked(bits, place):
+    """Return how instructions begin that leave the codes at ``place`` of two words $1 in t, not moved in their byte."""
+    mask = ((1 << bits) - 1) << bits * place % 8
+    code = "{ .reg .b32 t, u; " + ("shr.b32 t, $1, 8; and.b32 t, t," if bits * place >= 8 else "and.b32 t, $1,")
+    return code + f" {mask << 16 | mask:#x}; "
+
+
+@triton.constexpr_function
+def in_two_parts(scale):
+    """Return how instructions end whose result $0 is t times a scale, the operand ``scale``, and what that lost, the
+    next one."""
+    return f"mul.rn.bf16x2 u, t, ${scale + 1}; fma.rn.bf16x2 $0, t, ${scale}, u; }}"
+
+
+@triton.constexpr_function
 def subnormal(bits, place, zero_point, exact):
     """Return the instructions for the weights at ``place`` of two words.
 
@@ -63,16 +88,13 @@ def subnormal(bits, place, zero_point, exact):
     $3, is the weight. Not ``exact``: $2 is a scale rounded to bfloat16 and $3 what it lost; both times the code less
     its zero point are the weight. In float16 the range of scales would be too small for it.
     """
-    position = bits * place % 8
-    mask = ((1 << bits) - 1) << position
-    code = "{ .reg .b32 t, u; " + ("shr.b32 t, $1, 8; and.b32 t, t," if bits * place >= 8 else "and.b32 t, $1,")
-    code += f" {mask << 16 | mask:#x}; "
+    code = masked(bits, place)
     if exact:
         return code + "fma.rn.bf16x2 $0, t, $2, $3; }"
     # Numbers below 2^-125 are spaced evenly: a zero point, moved to the code's place, is a pattern of bits like it.
-    centre = 0x8000 | int(zero_point * 2**position)
-    code += f"mov.b32 u, {centre << 16 | centre:#x}; add.rn.bf16x2 t, t, u; mul.rn.bf16x2 u, t, $3; "
-    return code + "fma.rn.bf16x2 $0, t, $2, u; }"
+    centre = 0x8000 | int(zero_point * 2 ** (bits * place % 8))
+    code += f"mov.b32 u, {centre << 16 | centre:#x}; add.rn.bf16x2 t, t, u; "
+    return code + in_two_parts(2)
 
 
 @triton.jit
@@ -136,7 +158,7 @@ def _operand(
         return _less(numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE), zero, ZERO != 0, OFFSET, ZERO_POINT)
     elif len(picked) > 0:
         return picked[PLACE]
-    elif in_registers(KIND, BITS, NATIVE):
+    elif by_instructions(KIND, BITS, NATIVE):
         return in_banks(codes, PLACE, DTYPE)
     else:
         return numbers(codes, table, PLACE, BITS, KIND, DTYPE, NATIVE)

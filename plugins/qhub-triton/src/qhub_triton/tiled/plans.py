@@ -124,13 +124,13 @@ def plan(size: Size, m: int) -> Plan:
     A rule drawn from measurements on an H100; a table of measurements goes before it.
     """
     n, blocks, processors = size.n, size.blocks, size.processors
-    tall, short = -(-n // 128), -(-n // 64)
+    tall, short, pairs = -(-n // 128), -(-n // 64), -(-n // 32)
     # Small weights: smaller programs, and fewer parts of their short rows.
     small = blocks <= 32 and short <= processors // 2
     if m <= 8 and size.nested:
-        return _few(-(-n // 32), blocks, processors)
-    if m <= 8 and size.looked_up and not (size.banks and blocks > 32 and -(-n // 32) < 1.5 * processors):
-        return _looked_up(-(-n // 32), blocks, processors)
+        return _few(pairs, blocks, processors)
+    if m <= 8 and size.looked_up:
+        return within(_looked_up(pairs, blocks, processors, size.banks), size)
     if m <= 64 and size.banks:
         return within(_banked(tall, m, processors), size)
     if m <= 8 and size.zeros and small:
@@ -165,18 +165,19 @@ def _few(pairs: int, blocks: int, processors: int) -> Few:
     return Few(8, 2, 2, 8) if pairs >= 1.5 * processors or blocks <= 32 else Few(16, 1, 1, 8)
 
 
-def _looked_up(pairs: int, blocks: int, processors: int) -> Few:
+def _looked_up(pairs: int, blocks: int, processors: int, banks: bool) -> Few | Many:
+    """Return the plan for up to 8 rows where codes are looked up: see :mod:`qhub_triton.tiled.banks`."""
     if pairs >= 3 * processors:
         return Few(4, 2 if blocks <= 32 else 1, 2, 8)
     if pairs >= 1.5 * processors:
         return Few(8, 2, 2, 8)
-    return Few(8, 1, 2, 8) if blocks <= 32 else Few(16, 1, 1, 8)
+    if blocks <= 32:
+        return Few(8, 1, 2, 8)
+    return Many(4, 64, 8, 8, 3, overlap="late", banks=True) if banks else Few(16, 1, 1, 8)
 
 
 def _banked(tall: int, m: int, processors: int) -> Many:
-    """Return the plan where codes are looked up in shared memory: see :mod:`qhub_triton.tiled.banks`."""
-    if m <= 8:
-        return Many(4, 64, 8, 8, 3, overlap="late", banks=True)
+    """Return the same for up to 64 rows."""
     # Tables leave room for two such programs on a processor; with inputs of 64 rows, for one.
     split = _doubled(tall, processors if m > 32 else 2 * processors, 8)
     rows = 16 if m <= 16 else 32 if m <= 32 else 64

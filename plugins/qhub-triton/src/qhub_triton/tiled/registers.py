@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["entries", "in_registers", "looked_up", "lookup", "lookup_kinds"]
+__all__ = ["by_instructions", "entries", "looked_up", "lookup", "lookup_kinds"]
 
 
 @triton.constexpr_function
@@ -42,8 +42,9 @@ def lookup_kinds():
 
 
 @triton.constexpr_function
-def in_registers(kind, bits, native):
-    """Return whether such codes are looked up here, not by :func:`qhub_triton.tiled.decode.numbers`."""
+def by_instructions(kind, bits, native):
+    """Return whether such codes are looked up by instructions, here or in :mod:`qhub_triton.tiled.banks`, not by
+    :func:`qhub_triton.tiled.decode.numbers`."""
     return native and kind == 1 and bits == 4
 
 
@@ -54,7 +55,7 @@ def entries(table, KIND: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr)
     ``table``: 8 int32 as :func:`qhub_triton.tiled.arguments.bytes_of` makes them.
     """
     read = ()
-    if in_registers(KIND, BITS, NATIVE):
+    if by_instructions(KIND, BITS, NATIVE):
         for i in tl.static_range(8):
             # Tensors of one number: the compiler moves orders of elements past them, and not past scalars.
             read = read + (tl.load(table + i + tl.zeros((1, 1), tl.int32)),)

@@ -12,7 +12,7 @@ import triton.language as tl
 from qhub_triton.tiled.banks import in_banks
 from qhub_triton.tiled.decode import INTEGER, numbers, offset_of, ones
 from qhub_triton.tiled.groups import group_scales, group_zeros, run_of
-from qhub_triton.tiled.registers import in_registers, looked_up
+from qhub_triton.tiled.registers import by_instructions, looked_up
 
 __all__ = ["fragments", "inputs", "pieces", "turn", "words"]
 
@@ -125,7 +125,7 @@ def turn(
                     e = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE, 1), xv, e)
                 elif len(held) > 0:
                     d = tl.dot(picked[place], xv, d)
-                elif in_registers(KIND, BITS, NATIVE):
+                elif by_instructions(KIND, BITS, NATIVE):
                     d = tl.dot(in_banks(codes, place, DTYPE), xv, d)
                 else:
                     d = tl.dot(numbers(codes, table, place, BITS, KIND, DTYPE, NATIVE), xv, d)

@@ -8,6 +8,7 @@ import torch
 
 from qhub.layouts import Lookup
 from qhub.layouts.tiled import Tiled
+from qhub_triton.launch import hopper
 from qhub_triton.tiled import admission
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def accepts(problem: Problem) -> str | None:
         return "reads plain scales and zeros, not those under a second level of scales"
     if isinstance(problem.layout.of, Lookup) and problem.layout.bits != 4:
         return f"looks up codes of 4 bits, not {problem.layout.bits}"
-    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if not torch.cuda.is_available() or not hopper(torch.device("cuda")):
         return "is for NVIDIA's compute capability 9"
     try:
         import qhub_triton.wide.kernel  # noqa: F401

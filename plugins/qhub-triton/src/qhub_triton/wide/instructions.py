@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import triton
 
+from qhub_triton.tiled.operands import in_two_parts, masked
+
 __all__ = ["float8_scaled", "folds", "less_zero", "lookup_kinds", "lookup_pair", "scales_pairs"]
 
 
@@ -24,13 +26,8 @@ def less_zero(bits, place, rounds):
     """Return the instructions for the weights at ``place`` of two words $1: masked, they are subnormal numbers as in
     :func:`qhub_triton.tiled.operands.subnormal`; $2 is less their zeros, $3 (and $4, what it lost, where it ``rounds``)
     their scales."""
-    position = bits * place % 8
-    mask = ((1 << bits) - 1) << position
-    code = "{ .reg .b32 t, u; " + ("shr.b32 t, $1, 8; and.b32 t, t," if bits * place >= 8 else "and.b32 t, $1,")
-    code += f" {mask << 16 | mask:#x}; add.rn.bf16x2 t, t, $2; "
-    if rounds:
-        return code + "mul.rn.bf16x2 u, t, $4; fma.rn.bf16x2 $0, t, $3, u; }"
-    return code + "mul.rn.bf16x2 $0, t, $3; }"
+    code = masked(bits, place) + "add.rn.bf16x2 t, t, $2; "
+    return code + (in_two_parts(3) if rounds else "mul.rn.bf16x2 $0, t, $3; }")
 
 
 @triton.constexpr_function
@@ -44,9 +41,7 @@ def float8_scaled(place, exponent, rounds):
     else:
         code += f"mov.b32 s, $1; shr.b32 t, $1, {8 - exponent}; "
     code += f"and.b32 t, t, {magnitude << 16 | magnitude:#x}; lop3.b32 t, s, 0x80008000, t, 0xEA; "
-    if rounds:
-        return code + "mul.rn.bf16x2 u, t, $3; fma.rn.bf16x2 $0, t, $2, u; }"
-    return code + "mul.rn.bf16x2 $0, t, $2; }"
+    return code + (in_two_parts(2) if rounds else "mul.rn.bf16x2 $0, t, $2; }")
 
 
 @triton.constexpr_function
